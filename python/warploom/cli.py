@@ -1,0 +1,140 @@
+"""The ``warploom`` command. Its options are read with typer, which ``warploom[demo]`` installs."""
+
+# No `from __future__ import annotations` here: typer evaluates the annotations of the commands, and
+# typer itself is a local name, imported only when the command runs.
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import warploom
+from warploom.recipes._extras import MissingExtraError, make_console, require
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a mistake of the caller is one sentence and exit status 1, no traceback.
+
+    Args:
+        arguments: the words after ``warploom``; default, those of the process.
+    """
+    try:
+        application()(args=arguments, prog_name="warploom")
+    except (MissingExtraError, OSError, ValueError, FloatingPointError) as error:
+        print(f"warploom: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def application() -> Any:
+    """The typer application with all commands."""
+    typer = require("typer")
+    option = typer.Option
+    app = typer.Typer(
+        help="GPU kernels with a CPU path for each, and the models built on them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def info() -> None:
+        """Versions, compiled kernels, and what would serve each op here and why."""
+        from warploom.recipes.info import print_info
+
+        print_info()
+
+    def demo(
+        output: Annotated[Path, option(help="Folder for models, plots and tables.")] = Path("out"),
+        steps: Annotated[int, option(min=1, help="Optimiser steps of the training.")] = 1100,
+        op_tokens: Annotated[int, option(min=1, help="Size of the ops' inputs.")] = 1024,
+    ) -> None:
+        """Train a small LLaMA, generate, compare with transformers, measure the ops."""
+        from warploom.recipes.demo import run_demo
+
+        run_demo(output, steps=steps, op_tokens=op_tokens)
+
+    def generate(
+        model: Annotated[Path, option(help="Hugging Face directory with a tokenizer.json.")],
+        prompt: Annotated[str, option(help="Text to continue.")],
+        max_new_tokens: Annotated[int, option(min=0, help="Most tokens to add.")] = 128,
+        temperature: Annotated[float | None, option(help="Sample; 1 is as trained.")] = None,
+        top_k: Annotated[int | None, option(help="Sample among the k likeliest.")] = None,
+        top_p: Annotated[float | None, option(help="Sample among the likeliest p.")] = None,
+        repetition_penalty: Annotated[float, option(help="Above 1: repeat less.")] = 1.0,
+        stop: Annotated[list[str] | None, option(help="End after this text; repeatable.")] = None,
+        seed: Annotated[int | None, option(help="Seed of the sampling.")] = None,
+    ) -> None:
+        """Continue a prompt, printed as it comes; greedy unless a sampling option is given."""
+        from warploom.recipes.generate import generate_text
+
+        def show(text: str) -> None:
+            print(text, end="", flush=True)
+
+        generate_text(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop or (),
+            seed=seed,
+            on_text=show,
+        )
+        print()
+
+    def bench(
+        arguments: Annotated[
+            list[str] | None, typer.Argument(help="Passed to the benches.")
+        ] = None,
+    ) -> None:
+        """In a source checkout run the benches; elsewhere measure the ops beside PyTorch."""
+        run_bench(arguments or ())
+
+    for command in (info, demo, generate):
+        app.command()(command)
+    app.command("pretrain")(_pretrain_command(option))
+    app.command(context_settings={"ignore_unknown_options": True})(bench)
+    return app
+
+
+def run_bench(arguments: Sequence[str]) -> None:
+    """Run ``python -m bench`` of the source checkout, or print the op table where there is none."""
+    checkout = Path(warploom.__file__).resolve().parents[2]
+    if (checkout / "bench" / "__main__.py").is_file():
+        command = [sys.executable, "-m", "bench", *arguments]
+        raise SystemExit(subprocess.run(command, cwd=checkout, check=False).returncode)
+    import torch
+
+    from warploom.recipes.op_table import CASES, measure, print_results
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = [measure(case, torch.float32, device=device) for case in CASES]
+    print_results(results, make_console())
+
+
+def _pretrain_command(option: Callable[..., Any]) -> Callable[..., None]:
+    """The pretrain command: one option for each field of ``PretrainConfig``, with its text."""
+    from warploom.recipes.pretrain import PretrainConfig, pretrain
+
+    def command(**values: Any) -> None:
+        """Train a LLaMA from random weights on a text, with the recipe of the LLaMA paper."""
+        print(pretrain(PretrainConfig(**values)))
+
+    hints = get_type_hints(PretrainConfig, include_extras=True)
+    parameters = []
+    for field in fields(PretrainConfig):
+        annotated, text = get_args(hints[field.name])
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=Annotated[annotated, option(help=text)],
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

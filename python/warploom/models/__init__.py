@@ -1,0 +1,1 @@
+"""Whole models built on `warploom.nn`, each with from_pretrained, save_pretrained and generate."""

@@ -1,0 +1,62 @@
+"""Argument checks of the public functions: metadata only, so that they can be traced.
+
+Every message names the op, the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fail(op: str, argument: str, expected: str, got: object) -> None:
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument}: expected a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, argument: str, value: Tensor) -> None:
+    check_tensor(op, argument, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {argument}: expected dtype float32, float16, bfloat16 or float64, "
+            f"got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def check_dim(op: str, argument: str, value: Tensor, dim: int, layout: str) -> None:
+    if value.dim() != dim:
+        fail(op, argument, f"{dim} dimensions {layout}", f"shape {tuple(value.shape)}")
+
+
+def check_shape(op: str, argument: str, value: Tensor, shape: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        fail(op, argument, f"shape {tuple(shape)}", tuple(value.shape))
+
+
+def check_same(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    """`value` has the dtype and device of `like`, the argument named `other`."""
+    check_tensor(op, argument, value)
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {argument}: expected {other}'s dtype "
+            f"{str(like.dtype).removeprefix('torch.')}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+    check_device(op, argument, value, other, like)
+
+
+def check_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.device != like.device:
+        fail(op, argument, f"{other}'s device {like.device}", value.device)
+
+
+def unit_last_stride(value: Tensor) -> Tensor:
+    """`value` itself when its last dimension is dense, else a contiguous copy."""
+    return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()

@@ -1,0 +1,141 @@
+"""The whole library on real input in minutes: train, save, reload, generate, compare, measure."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from warploom.recipes._extras import make_console, require
+from warploom.recipes.generate import generate_text
+from warploom.recipes.op_table import CASES, measure, print_results, write_results
+from warploom.recipes.pretrain import PretrainConfig, pretrain
+
+PROMPT = "Return the"
+_NEW_TOKENS = 48
+_EXTRAS = ("rich", "tokenizers", "matplotlib", "transformers")
+
+
+class DemoError(ValueError):
+    """Something that the demo shows did not come out as it must."""
+
+
+def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
+    """Train a small LLaMA on CPython's documentation and show what the library does with it.
+
+    Writes ``output/pretrain`` (log, checkpoint, ``loss.png``, ``model/``), replacing what an
+    earlier demo left there, and ``output/ops.json`` and ``output/ops.png``.
+
+    Args:
+        output: the folder for all files.
+        steps: optimiser steps of the training.
+        op_tokens: tokens of the inputs on which the ops are measured.
+
+    Raises:
+        DemoError: the command or transformers generated other tokens from the checkpoint than the
+            library.
+    """
+    for package in _EXTRAS:
+        require(package)
+    console = make_console()
+    start = time.perf_counter()
+
+    console.rule("1. Pretraining a LLaMA on the documentation that ships with CPython")
+    run_directory = output / "pretrain"
+    shutil.rmtree(run_directory, ignore_errors=True)
+    bfloat16 = bfloat16_is_faster()
+    model = pretrain(
+        PretrainConfig(
+            output=run_directory, steps=steps, warmup_steps=max(1, steps // 20), bfloat16=bfloat16
+        )
+    )
+    trained = time.perf_counter()
+
+    console.rule("2. The saved model, reloaded by `warploom generate`")
+    greedy = _run_generate(model)
+    console.print(greedy, markup=False, highlight=False)
+    console.rule("sampled: --temperature 0.7 --top-p 0.9", characters="-")
+    sampled = _run_generate(model, "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
+    console.print(sampled, markup=False, highlight=False)
+
+    console.rule("3. The same prompt through transformers")
+    compare_with_transformers(model, greedy)
+    console.print("transformers generates the same tokens from the same folder")
+    generated = time.perf_counter()
+
+    console.rule("4. The ops on this machine")
+    results = []
+    progress = require("rich.progress")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        for case in progress.track(CASES, f"measuring in {dtype}", console=console):
+            results.append(measure(case, dtype, size=op_tokens, device=device))
+    print_results(results, console)
+    write_results(results, output)
+    end = time.perf_counter()
+
+    console.rule("Done")
+    console.print(
+        f"{trained - start:.0f} s training, {generated - trained:.0f} s generation and comparison, "
+        f"{end - generated:.0f} s ops: {end - start:.0f} s in all"
+    )
+    for path in (run_directory / "loss.png", output / "ops.png", output / "ops.json", model):
+        console.print(f"  {path}", highlight=False)
+
+
+def bfloat16_is_faster(repeats: int = 30) -> bool:
+    """Whether this machine multiplies the demo's matrices faster in bfloat16: not all CPUs do."""
+    if torch.cuda.is_available():
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 704, dtype=dtype)
+        torch.mm(left, right)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(left, right)
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def compare_with_transformers(model: Path, printed: str) -> None:
+    """Check that transformers continues ``PROMPT`` as the library and its command do.
+
+    Args:
+        model: the Hugging Face directory.
+        printed: what ``warploom generate`` printed for the prompt.
+
+    Raises:
+        DemoError: naming the tokens or texts that differ.
+    """
+    transformers = require("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = peer.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)[0].tolist()
+    ours = generate_text(model, PROMPT, max_new_tokens=_NEW_TOKENS)
+    if tokens != ours.prompt_ids + ours.new_ids:
+        raise DemoError(
+            f"tokens: transformers generated {tokens}, warploom {ours.prompt_ids + ours.new_ids}"
+        )
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if text.strip() != printed.strip():
+        raise DemoError(f"warploom generate printed {printed!r}, transformers' text is {text!r}")
+
+
+def _run_generate(model: Path, *options: str) -> str:
+    """What the command prints for ``PROMPT``."""
+    command: list[Any] = [sys.executable, "-m", "warploom", "generate", "--model", model]
+    command += ["--prompt", PROMPT, "--max-new-tokens", str(_NEW_TOKENS), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise DemoError(f"warploom generate failed:\n{finished.stderr}")
+    return finished.stdout

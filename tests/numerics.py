@@ -1,0 +1,89 @@
+"""The rule by which every result is judged against float64 (docs/numerics.md).
+
+error <= factor * (error of the plain computation in that dtype, without upcasts) + floor,
+floor = 2 max|((exact + 0.3) - 0.3) - exact| taken in that dtype; factor 2, for gradients 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD, GRADIENT = 2.0, 3.0
+
+
+def assert_within(
+    actual: Tensor, exact: Tensor, plain: Tensor, *, factor: float, what: str = "result"
+) -> None:
+    """`actual` obeys the rule; infinities and NaN stand exactly where the exact result has them."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}"
+    wide = actual.detach().double()
+    finite = torch.isfinite(exact)
+    same_special = torch.equal(
+        torch.nan_to_num(wide[~finite], nan=7.25), torch.nan_to_num(exact[~finite], nan=7.25)
+    )
+    assert same_special, f"{what}: infinities or NaN differ"
+    if not finite.any():
+        return
+    rounded = exact[finite].to(actual.dtype)
+    floor = 2 * ((rounded + 0.3) - 0.3 - rounded).double().abs().max()
+    plain_error = (plain.detach().double()[finite] - exact[finite]).abs().max()
+    bound = (factor * plain_error + floor).item()
+    error = (wide[finite] - exact[finite]).abs().max().item()
+    # Written so that a NaN fails.
+    assert error <= bound, f"{what}: error {error:.3e} exceeds {bound:.3e} ({actual.dtype})"
+
+
+def _run(
+    function: Callable[..., Any], tensors: Sequence[Tensor], upstream: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs, and the gradients of the inputs for the given upstream gradients."""
+    leaves = [tensor.detach().requires_grad_(upstream is not None) for tensor in tensors]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if upstream is None:
+        return outputs, []
+    grads = torch.autograd.grad(
+        outputs, leaves, [grad.to(out.dtype) for grad, out in zip(upstream, outputs)]
+    )
+    return outputs, list(grads)
+
+
+def check_against_float64(
+    function: Callable[..., Any],
+    plain: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    *,
+    gradients: bool = True,
+) -> None:
+    """`function` and its gradients obey the rule; `plain` is the same maths for any dtype.
+
+    The exact result is `plain` on float64 copies, the yardstick `plain` in the inputs' own dtypes.
+    """
+    exact_inputs = [tensor.detach().double() for tensor in tensors]
+    exact, _ = _run(plain, exact_inputs, None)
+    upstream = [torch.randn_like(out) for out in exact] if gradients else None
+    if upstream is not None:
+        # Round once, so that all three runs see the same upstream gradients.
+        upstream = [grad.to(tensors[0].dtype).double() for grad in upstream]
+    exact, exact_grads = _run(plain, exact_inputs, upstream)
+    rough, rough_grads = _run(plain, tensors, upstream)
+    actual, actual_grads = _run(function, tensors, upstream)
+    assert len(actual) == len(exact)
+    for index, (got, want, yardstick) in enumerate(zip(actual, exact, rough)):
+        assert_within(got, want.detach(), yardstick, factor=FORWARD, what=f"output {index}")
+    for index, (got, want, yardstick) in enumerate(zip(actual_grads, exact_grads, rough_grads)):
+        assert_within(got, want, yardstick, factor=GRADIENT, what=f"gradient {index}")
+
+
+def inside_larger(tensor: Tensor) -> Tensor:
+    """The same values as an unaligned slice of a larger buffer of NaN: what lies around stays unread."""
+    margin = 3
+    shape = [size + 2 * margin for size in tensor.shape]
+    buffer = torch.full(shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+    view = buffer[tuple(slice(margin, margin + size) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view

@@ -1,0 +1,94 @@
+"""One sample call per op, for the tests that hold for every op alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from warploom.ops.activation import geglu, swiglu
+from warploom.ops.attention import attention
+from warploom.ops.norm import l2_norm, layer_norm, rms_norm
+from warploom.ops.rope import apply_rotary
+from warploom.reference import attention as attention_reference
+from warploom.reference import norm as norm_reference
+
+
+def _rms_norm_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x, weight = make(3, 24), make(24)
+    _, rstd = norm_reference.rms_norm(x, weight, 1e-6)
+    return make(3, 24), x, weight, rstd, make(3, 24)
+
+
+def _layer_norm_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x, weight = make(3, 24), make(24)
+    _, mean, rstd = norm_reference.layer_norm(x, weight, weight, 1e-5)
+    return make(3, 24), x, weight, mean, rstd
+
+
+def _l2_norm_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x = make(3, 24)
+    return make(3, 24), x, norm_reference.l2_norm(x, 1e-12)[1]
+
+
+def _attention_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    q, k, v = make(2, 5, 4, 16), make(2, 7, 2, 16), make(2, 7, 2, 16)
+    out, lse = attention_reference.attention(q, k, v, True, 0.25)
+    return make(2, 5, 4, 16), q, k, v, out, lse, torch.randn_like(lse), True, 0.25
+
+
+def _table(make: Callable[..., Tensor]) -> Tensor:
+    table = make(9, 4)
+    return table if table.dtype == torch.float64 else table.float()
+
+
+#: Arguments of `torch.ops.warploom.<name>.<backend>`.
+OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
+    "rms_norm": lambda make: (make(3, 24), make(24), 1e-6),
+    "add_rms_norm": lambda make: (make(3, 24), make(3, 24), make(24), 1e-6),
+    "rms_norm_backward": _rms_norm_backward,
+    "layer_norm": lambda make: (make(3, 24), make(24), make(24), 1e-5),
+    "layer_norm_backward": _layer_norm_backward,
+    "l2_norm": lambda make: (make(3, 24), 1e-12),
+    "l2_norm_backward": _l2_norm_backward,
+    "apply_rotary": lambda make: (make(2, 5, 3, 12), _table(make), _table(make), None, True, False),
+    "gated_activation": lambda make: (make(3, 24), make(3, 24), "silu"),
+    "gated_activation_backward": lambda make: (make(3, 24), make(3, 24), make(3, 24), "gelu"),
+    "attention": lambda make: (make(2, 5, 4, 16), make(2, 7, 2, 16), make(2, 7, 2, 16), True, 0.25),
+    "attention_backward": _attention_backward,
+}
+
+
+def _rotate(x: Tensor, backend: str | None = None) -> Tensor:
+    angles = torch.arange(9, dtype=torch.float64).unsqueeze(1) * torch.tensor([0.9, 0.4, 0.1, 0.02])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
+    return apply_rotary(x, cos, sin, backend=backend)
+
+
+#: The public functions on differentiable tensors only: name -> (function, shapes of its tensors).
+PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "rms_norm": (rms_norm, [(3, 24), (24,)]),
+    "rms_norm with residual": (
+        lambda x, r, w, backend=None: rms_norm(x, w, residual=r, backend=backend),
+        [(3, 24), (3, 24), (24,)],
+    ),
+    "layer_norm": (layer_norm, [(3, 24), (24,), (24,)]),
+    "l2_norm": (l2_norm, [(3, 24)]),
+    "apply_rotary": (_rotate, [(2, 5, 3, 12)]),
+    "swiglu": (swiglu, [(3, 24), (3, 24)]),
+    "geglu": (geglu, [(3, 24), (3, 24)]),
+    "geglu tanh": (
+        lambda g, u, backend=None: geglu(g, u, approximate="tanh", backend=backend),
+        [(3, 24), (3, 24)],
+    ),
+    "attention": (
+        lambda q, k, v, backend=None: attention(q, k, v, causal=True, backend=backend),
+        [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)],
+    ),
+    "attention with lse": (
+        lambda q, k, v, backend=None: attention(q, k, v, return_lse=True, backend=backend),
+        [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)],
+    ),
+}

@@ -1,0 +1,50 @@
+"""The binary uses nothing of torch but its stable interface, and carries its table of kernels."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import warploom._C
+
+
+def undefined_symbols() -> str:
+    listing = subprocess.run(
+        ["nm", "-DC", "--undefined-only", str(Path(warploom._C.__file__))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return listing.stdout
+
+
+def test_no_unstable_torch_symbol():
+    assert not re.findall(r" (?:at|c10|torch|caffe2)::.*", undefined_symbols())
+
+
+def test_only_stable_interfaces_of_torch_and_python_are_bound():
+    symbols = re.findall(r" [UwW] (\S+)", undefined_symbols())
+    torch_symbols = {name for name in symbols if "torch" in name}
+    assert torch_symbols, "the binary binds torch through its C interface"
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in torch_symbols), torch_symbols
+    python_symbols = {name for name in symbols if name.startswith(("Py", "_Py"))}
+    assert python_symbols <= {
+        "PyBool_FromLong",
+        "PyModule_Create2",
+        "PyObject_SetAttrString",
+        "Py_DecRef",
+        "_Py_Dealloc",
+    }, python_symbols
+
+
+def test_kernel_table_lists_every_unit_without_spills():
+    table = json.loads(torch.ops.warploom.kernel_table())
+    assert bool(table) == warploom._C.has_cuda
+    for kernel in table:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert 0 < kernel["registers"] <= 255, kernel
+    families = {kernel["name"].split("::")[0] for kernel in table}
+    assert not table or families == {"norm", "rope", "activation", "attention"}

@@ -1,0 +1,220 @@
+"""The ``warploom`` command."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import warploom
+from warploom import cli
+from warploom.models.llama import Llama
+from warploom.models.llama_config import LlamaConfig
+from warploom.recipes import info, text_corpus
+from warploom.recipes.pretrain import PretrainConfig
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+            raise SystemExit(0)
+        printed = capsys.readouterr()
+        code = stop.value.code
+        return (0 if code is None else int(code)), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights and its tokenizer."""
+    directory = tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    Llama(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+            eos_token_id=None,
+        )
+    ).save_pretrained(directory)
+    text_corpus.train_tokenizer(["Return the value of the function."] * 9, directory, 300)
+    return directory
+
+
+def test_help_names_every_command(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("info", "demo", "generate", "pretrain", "bench"):
+        assert re.search(rf"\b{command}\b", out)
+
+
+def test_info_says_what_serves_each_op_and_why(run: Run) -> None:
+    status, out, _ = run("info")
+    assert status == 0
+    assert re.search(rf"warploom\W+{re.escape(warploom.__version__)}", out)
+    assert re.search(rf"torch\W+{re.escape(torch.__version__)}", out)
+    for backend in warploom.BACKENDS:
+        assert re.search(rf"\b{backend}\b", out)
+    assert "no cpu tensors, only cuda" in out
+    for op in ("rms_norm", "layer_norm", "apply_rotary", "swiglu", "geglu", "attention"):
+        assert re.search(rf"{op}.*(cpu|reference)", out)
+
+
+def test_info_shows_the_compiled_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [
+        {
+            "name": "rms_norm_kernel",
+            "architecture": "sm_80",
+            "registers": 40,
+            "static_shared_bytes": 4096,
+        },
+        {
+            "name": "attention_kernel",
+            "architecture": "sm_90a",
+            "registers": 168,
+            "unknown_field": "x",
+        },
+    ]
+    monkeypatch.setattr(info, "kernel_table", lambda: kernels)
+    _, out, _ = run("info")
+    assert "compiled for sm_80, sm_90a" in out
+    assert re.search(r"rms_norm_kernel\W+sm_80\W+40\W+4096", out)
+    assert re.search(r"attention_kernel\W+sm_90a\W+168\W+x", out)
+
+
+def test_kernel_table_is_what_the_extension_reports() -> None:
+    for kernel in info.kernel_table():
+        assert "name" in kernel and "registers" in kernel
+
+
+def test_generate_prints_prompt_and_continuation(run: Run, model: Path) -> None:
+    status, out, _ = run(
+        "generate", "--model", model, "--prompt", "Return", "--max-new-tokens", "7"
+    )
+    tokenizer = text_corpus.load_tokenizer(model)
+    ids = tokenizer.encode("Return").ids
+    expected = Llama.from_pretrained(model).generate([ids], 7)[0]
+    assert status == 0
+    assert out == "Return" + tokenizer.decode(expected[len(ids) :]) + "\n"
+
+
+def test_generate_samples_by_seed(run: Run, model: Path) -> None:
+    common = ("generate", "--model", model, "--prompt", "Return", "--max-new-tokens", "12")
+    sampling = ("--temperature", "3", "--top-k", "200", "--top-p", "0.99")
+    penalty = ("--repetition-penalty", "1.1")
+    texts = [run(*common, *sampling, *penalty, "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_stops_at_the_string(run: Run, model: Path) -> None:
+    common = ("generate", "--model", model, "--prompt", "Return", "--max-new-tokens", "12")
+    whole = run(*common)[1].rstrip("\n").removeprefix("Return")
+    stopped = run(*common, "--stop", whole[2])[1].rstrip("\n").removeprefix("Return")
+    assert whole.startswith(stopped)
+    assert len(stopped) < len(whole)
+    assert whole[2] in stopped
+
+
+def test_every_pretrain_setting_is_an_option(run: Run) -> None:
+    _, out, _ = run("pretrain", "--help")
+    for field in fields(PretrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+def test_pretrain_trains_and_resumes(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"This is paragraph {index} of the text." for index in range(99)))
+    options = ["--output", tmp_path / "run", "--text", text, "--steps", "2", "--batch-size", "1"]
+    options += ["--vocab-size", "280", "--hidden-size", "16", "--intermediate-size", "16"]
+    options += ["--num-attention-heads", "2", "--num-key-value-heads", "1"]
+    options += ["--sequence-length", "8", "--device", "cpu"]
+    status, out, _ = run("pretrain", *options)
+    assert status == 0
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "model")
+    records = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [1, 2]
+
+    status, _, err = run("pretrain", *options)
+    assert status == 1
+    assert "resume it or name another folder" in err
+    assert run("pretrain", *options, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("generate", "--model", "nowhere", "--prompt", "a"), "nowhere"),
+        (("pretrain", "--output", "x", "--steps", "0"), "steps: expected at least 1, got 0"),
+    ],
+    ids=["no such model", "no steps"],
+)
+def test_a_mistake_is_one_sentence(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert err.startswith("warploom: ") and err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("typer", ("info",)),
+        ("rich", ("info",)),
+        ("tokenizers", ("generate", "--model", "{model}", "--prompt", "a")),
+        ("transformers", ("demo", "--output", "{model}/out")),
+        ("matplotlib", ("demo", "--output", "{model}/out")),
+        ("matplotlib", ("pretrain", "--output", "{model}/out")),
+    ],
+)
+def test_missing_extra_is_named(
+    missing: str,
+    arguments: tuple[str, ...],
+    run: Run,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    status, _, err = run(*(argument.format(model=model) for argument in arguments))
+    assert status == 1
+    assert err == (
+        f'warploom: {missing} is not installed; it comes with: pip install "warploom[demo]"\n'
+    )
+
+
+def test_bench_runs_the_checkouts_benches(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text(
+        "import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit(3)"
+    )
+    monkeypatch.setattr(warploom, "__file__", str(tmp_path / "python" / "warploom" / "__init__.py"))
+    assert run("bench", "norm", "--quick")[0] == 3
+    assert (tmp_path / "seen").read_text() == "norm --quick"
+
+
+def test_module_is_the_command() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "warploom", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: warploom" in finished.stdout

@@ -1,0 +1,65 @@
+"""Products and conversions between number formats: the only two places where they may be written.
+
+On a GPU `dot` is `tl.dot` and `cast` is `.to`. Triton's interpreter cannot multiply bfloat16 and
+truncates when it narrows to it, so there both go through float32 and round to nearest even.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from warploom.triton_kernels.common import launch
+
+# Kernels can read this as a compile-time constant.
+INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """Converts x to `dtype`, rounding to nearest, ties to even; infinities and NaN survive."""
+    if INTERPRETED:
+        return _cast_interpreted(x, dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, accumulator=None):
+    """accumulator + a @ b, accumulated in float32.
+
+    a [M, K], b [K, N], of one dtype; accumulator [M, N] float32 or None. float32 operands keep all
+    their bits (no TF32).
+    """
+    if INTERPRETED:
+        product = tl.dot(
+            _cast_interpreted(a, tl.float32),
+            _cast_interpreted(b, tl.float32),
+            input_precision="ieee",
+        )
+        if accumulator is None:
+            return product
+        else:
+            return accumulator + product
+    else:
+        return tl.dot(a, b, acc=accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _cast_interpreted(x, dtype: tl.constexpr):
+    if x.dtype == dtype:
+        return x
+    elif x.dtype == tl.bfloat16:
+        # bfloat16 is the upper half of a float32.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    elif dtype == tl.bfloat16:
+        wide = x.to(tl.float32)
+        bits = wide.to(tl.uint32, bitcast=True)
+        # Adding half of the last kept place carries into it exactly when rounding goes up; the
+        # kept place's own lowest bit decides a tie.
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry would turn some NaN into infinity: those become the quiet NaN.
+        rounded = tl.where(wide == wide, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
