@@ -5,6 +5,8 @@ In float64 it is what everything is judged against; in a narrow dtype it says wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,19 +64,83 @@ def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    kept: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """One query head at a time, [B, S, H, D]; returns (out, lse)."""
-    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(keys - queries)
+    """One query head at a time, [B, S, H, D]; returns (out, lse).
+
+    A sink is a further key whose value is 0. `kept` [B, H, Sq, Sk] is the mask of a dropout.
+    """
+    batch, queries, heads, dim = q.shape
+    keys, group = k.shape[1], heads // k.shape[2]
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    behind = torch.arange(keys, device=q.device) - torch.arange(queries, device=q.device)[:, None]
+    behind = behind - (keys - queries)
+    visible = torch.ones(batch, queries, keys, dtype=torch.bool, device=q.device)
+    left, right = window[0], 0 if causal else window[1]
+    if left >= 0:
+        visible = visible & (behind >= -left)
+    if right >= 0:
+        visible = visible & (behind <= right)
+    if key_padding_mask is not None:
+        visible = visible & ~key_padding_mask[:, None, :]
     outs, lses = [], []
-    for head in range(q.shape[2]):
+    for head in range(heads):
         scores = q[:, :, head] @ k[:, :, head // group].transpose(1, 2) * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            scores = scores + bias.expand(batch, heads, queries, keys)[:, head]
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.expand(batch, heads)[:, head, None, None].to(q.dtype)
+            scores = scores - slopes * behind.abs()
         scores = scores.masked_fill(~visible, float("-inf"))
-        weights = torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
-        outs.append(weights @ v[:, :, head // group])
+        seen = ~torch.isneginf(scores).all(-1, keepdim=True)
+        if sinks is not None:
+            sink = sinks[head].to(q.dtype).expand(batch, queries, 1)
+            scores = torch.cat((scores, sink), dim=-1)
+            seen = torch.ones_like(seen)
         lses.append(torch.logsumexp(scores, dim=-1))
+        weights = torch.softmax(scores.masked_fill(~seen, 0.0), dim=-1)[..., :keys]
+        weights = weights.masked_fill(~visible | ~seen, 0.0)
+        if kept is not None:
+            weights = weights * kept[:, head] / (1 - dropout_p)
+        outs.append(weights @ v[:, :, head // group])
     return torch.stack(outs, dim=2), torch.stack(lses, dim=1)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Each sequence by itself: q [T, H, D], k and v [T, Hkv, D] -> out [T, H, D], lse [H, T]."""
+    slopes = options.pop("alibi_slopes", None)
+    kept = options.pop("kept", None)
+    outs, lses = [], []
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    for place, part in enumerate(parts):
+        one = dict(options)
+        if slopes is not None:
+            one["alibi_slopes"] = slopes.expand(len(lengths_q), q.shape[1])[place : place + 1]
+        if kept is not None:
+            one["kept"] = kept[place]
+        out, lse = attention(*(tensor.unsqueeze(0) for tensor in part), **one)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from warploom.ops.activation import geglu, swiglu
-from warploom.ops.attention import attention
+from warploom.ops.attention import attention, attention_varlen, merge_attention
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
 from warploom.reference import attention as attention_reference
@@ -34,8 +34,51 @@ def _l2_norm_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
 
 def _attention_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     q, k, v = make(2, 5, 4, 16), make(2, 7, 2, 16), make(2, 7, 2, 16)
-    out, lse = attention_reference.attention(q, k, v, True, 0.25)
-    return make(2, 5, 4, 16), q, k, v, out, lse, torch.randn_like(lse), True, 0.25
+    options = _attention_options(make)
+    out, lse = attention_reference.attention(q, k, v, *options)
+    bias, slopes, _, mask, *rest = options
+    inputs = (make(2, 5, 4, 16), q, k, v, out, lse, torch.randn_like(lse))
+    seed, *scalars = rest[3:]
+    return *inputs, bias, slopes, mask, None, None, seed, *scalars, True, True
+
+
+def _statistics(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _attention_options(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """What follows q [2, 5, 4, 16], k and v [2, 7, 2, 16] in the schema, every feature switched on."""
+    mask = make(2, 7) > 1.0
+    seed = torch.full((1,), 77, dtype=torch.int64, device=mask.device)
+    slopes, sinks = _statistics(make(2, 4)), _statistics(make(4))
+    tensors = (make(2, 4, 5, 7), slopes, sinks, mask, None, None, None, seed)
+    return *tensors, 0.25, 3, 0, 5.0, 0.25, 5, 7
+
+
+def _decode(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """Three pages of 4 rows for two sequences of 5 and 3 keys."""
+    q, k, v = make(2, 2, 4, 16), make(3, 4, 2, 16), make(3, 4, 2, 16)
+    lengths = torch.tensor([5, 3], dtype=torch.int32, device=q.device)
+    table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32, device=q.device)
+    return q, k, v, lengths, table, None, _statistics(make(4)), 0.25, 3, 0, 5.0, 2, 0
+
+
+def _cache_append(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    _, k_cache, v_cache, lengths, table, *_ = _decode(make)
+    cos = _table(make)
+    return make(2, 2, 2, 16), make(2, 2, 2, 16), k_cache, v_cache, lengths, table, cos, cos, False
+
+
+def _merge(make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    def lse() -> Tensor:
+        return _statistics(make(2, 4, 5))
+
+    return make(2, 5, 4, 16), lse(), make(2, 5, 4, 16), lse()
+
+
+def _merge_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    parts = _merge(make)
+    return make(2, 5, 4, 16), torch.randn_like(parts[1]), *parts
 
 
 def _table(make: Callable[..., Tensor]) -> Tensor:
@@ -55,8 +98,17 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "apply_rotary": lambda make: (make(2, 5, 3, 12), _table(make), _table(make), None, True, False),
     "gated_activation": lambda make: (make(3, 24), make(3, 24), "silu"),
     "gated_activation_backward": lambda make: (make(3, 24), make(3, 24), make(3, 24), "gelu"),
-    "attention": lambda make: (make(2, 5, 4, 16), make(2, 7, 2, 16), make(2, 7, 2, 16), True, 0.25),
+    "attention": lambda make: (
+        make(2, 5, 4, 16),
+        make(2, 7, 2, 16),
+        make(2, 7, 2, 16),
+        *_attention_options(make),
+    ),
     "attention_backward": _attention_backward,
+    "attention_decode": _decode,
+    "attention_cache_append": _cache_append,
+    "merge_attention": _merge,
+    "merge_attention_backward": _merge_backward,
 }
 
 
@@ -65,6 +117,14 @@ def _rotate(x: Tensor, backend: str | None = None) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype)
     return apply_rotary(x, cos, sin, backend=backend)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Any:
+    bounds = (torch.tensor([0, 2, 5]), torch.tensor([0, 4, 7]))
+    bounds_q, bounds_k = (bound.to(q.device, torch.int32) for bound in bounds)
+    return attention_varlen(
+        q, k, v, bounds_q, bounds_k, 3, 4, causal=True, return_lse=True, backend=backend
+    )
 
 
 #: The public functions on differentiable tensors only: name -> (function, shapes of its tensors).
@@ -86,6 +146,29 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "attention": (
         lambda q, k, v, backend=None: attention(q, k, v, causal=True, backend=backend),
         [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)],
+    ),
+    "attention with sinks, bias and slopes": (
+        lambda q, k, v, sinks, bias, slopes, backend=None: attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window=(3, 0),
+            softcap=5.0,
+            sinks=sinks,
+            bias=bias,
+            alibi_slopes=slopes,
+            backend=backend,
+        ),
+        [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8), (4,), (1, 4, 5, 7), (4,)],
+    ),
+    "attention_varlen": (
+        _packed,
+        [(5, 4, 8), (7, 2, 8), (7, 2, 8)],
+    ),
+    "merge_attention": (
+        merge_attention,
+        [(2, 5, 4, 8), (2, 4, 5), (2, 5, 4, 8), (2, 4, 5)],
     ),
     "attention with lse": (
         lambda q, k, v, backend=None: attention(q, k, v, return_lse=True, backend=backend),

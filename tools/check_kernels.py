@@ -33,7 +33,7 @@ TABLE = CSRC / "resources.json"
 #: Every chip that the library supports has one of these; the default build holds two of them.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 #: CPU seconds of all architectures together, per family: the compile-time budget.
-FAMILY_SECONDS = {"norm": 120, "rope": 60, "activation": 60, "attention": 300}
+FAMILY_SECONDS = {"norm": 120, "rope": 60, "activation": 60, "attention": 480}
 
 
 def nvcc() -> str:

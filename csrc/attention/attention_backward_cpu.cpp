@@ -1,12 +1,13 @@
-// Attention backward on the CPU: the scores are computed again, tile by tile. One thread owns a
-// key/value head with all queries that read it, in a fixed order: no atomics, the same bits each
-// run.
+// Attention backward on the CPU: the scores are computed again, tile by tile. A task has a share of
+// the keys of one key/value head, with all rows that read them; the rows' gradients, one sum a
+// share, are added up afterwards. Shares and orders of sums depend on the shape alone.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "attention/attention_backward.h"
+#include "attention/scoring_cpu.h"
+#include "attention/sequences_cpu.h"
 #include "attention/tile_cpu.h"
 #include "common/cpu_float.h"
 #include "common/cpu_math.h"
@@ -16,197 +17,287 @@ namespace warploom::attention {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
-// Elements of scratch memory: the tiles of one thread, and what it keeps for all rows of a head.
-template <typename W>
-struct Workspace {
-    W* queries;        // [kTile, padded head_dim]
-    W* keys;           // [kTile, padded head_dim]
-    W* key_grads;      // [kTile, padded head_dim]
-    W* grads;          // [kTile, padded value_dim] of grad_out
-    W* values;         // [kTile, padded value_dim]
-    W* value_grads;    // [kTile, padded value_dim]
-    W* probabilities;  // [kTile, kTile]
-    W* score_grads;    // [kTile, kTile]
-    W* query_grads;    // [rows, padded head_dim]
-    W* deltas;         // [rows] sum of grad_out * out, less grad_lse
-
-    static std::int64_t size(std::int64_t rows, std::int64_t depth, std::int64_t columns) {
-        return 3 * kTile * (depth + columns) + 2 * kTile * kTile + rows * depth + padded<W>(rows);
-    }
-
-    Workspace(Scratch<W>& scratch, std::int64_t rows, std::int64_t depth, std::int64_t columns)
-        : queries(scratch.take(kTile * depth)),
-          keys(scratch.take(kTile * depth)),
-          key_grads(scratch.take(kTile * depth)),
-          grads(scratch.take(kTile * columns)),
-          values(scratch.take(kTile * columns)),
-          value_grads(scratch.take(kTile * columns)),
-          probabilities(scratch.take(kTile * kTile)),
-          score_grads(scratch.take(kTile * kTile)),
-          query_grads(scratch.take(rows * depth)),
-          deltas(scratch.take(padded<W>(rows))) {}
-};
-
-// Scores become probabilities, and their gradients' dot products the gradients of the scores.
-template <typename W>
-void differentiate_row(W* probabilities, W* score_grads, std::int64_t seen, std::int64_t keys,
-                       W scale, W lse, W delta) {
-    if (lse == -std::numeric_limits<W>::infinity()) {
-        seen = 0;
-    }
-#pragma omp simd
-    for (std::int64_t j = 0; j < seen; ++j) {
-        probabilities[j] = exponential(probabilities[j] * scale - lse);
-        score_grads[j] = scale * probabilities[j] * (score_grads[j] - delta);
-    }
-    std::fill(probabilities + seen, probabilities + keys, W{0});
-    std::fill(score_grads + seen, score_grads + keys, W{0});
-}
+// Shares of a head's keys: where there are few heads, enough tasks for the threads. Each costs
+// memory for the gradient of all queries.
+constexpr std::int64_t kEnoughTasks = 32;
+constexpr std::int64_t kMostShares = 4;
 
 template <typename T>
-class HeadBackward {
+class Backward {
     using W = Wide<T>;
 
+    // Tiles of one thread.
+    struct Workspace {
+        W* queries;      // [kTileRows, depth]
+        W* grads;        // [kTileRows, columns] of grad_out
+        W* keys;         // [kTileKeys, depth]
+        W* keys_t;       // [depth, kTileKeys]
+        W* values;       // [kTileKeys, columns]
+        W* values_t;     // [columns, kTileKeys]
+        W* key_grads;    // [kTileKeys, depth]
+        W* value_grads;  // [kTileKeys, columns]
+        W* scores;       // [kTileRows, kTileKeys], then what multiplies grad_out
+        W* score_grads;  // [kTileRows, kTileKeys]
+        W* slopes;       // [kTileKeys] of the soft-cap
+        W* factors;      // [kTileKeys] of dropout
+
+        Workspace(Scratch<W>& scratch, std::int64_t depth, std::int64_t columns)
+            : queries(scratch.take(kTileRows * depth)),
+              grads(scratch.take(kTileRows * columns)),
+              keys(scratch.take(kTileKeys * depth)),
+              keys_t(scratch.take(kTileKeys * depth)),
+              values(scratch.take(kTileKeys * columns)),
+              values_t(scratch.take(kTileKeys * columns)),
+              key_grads(scratch.take(kTileKeys * depth)),
+              value_grads(scratch.take(kTileKeys * columns)),
+              scores(scratch.take(kTileRows * kTileKeys)),
+              score_grads(scratch.take(kTileRows * kTileKeys)),
+              slopes(scratch.take(kTileKeys)),
+              factors(scratch.take(kTileKeys)) {}
+    };
+
   public:
-    HeadBackward(const AttentionBackwardParams& params, std::int64_t task, Workspace<W>& work)
+    explicit Backward(const AttentionBackwardParams& params)
         : params_(params),
-          work_(work),
-          kv_head_(task % params.kv_heads),
-          group_{params.heads / params.kv_heads, kv_head_ * (params.heads / params.kv_heads),
-                 task / params.kv_heads},
-          rows_(group_.group * params.query_length),
+          group_(params.heads / params.kv_heads),
           depth_(padded<W>(params.head_dim)),
           columns_(padded<W>(params.value_dim)),
-          visible_(params.key_length - params.query_length + 1) {}
+          heads_(std::int64_t{params.sequences.batch} * params.kv_heads),
+          first_rows_(params.sequences.batch) {}
 
     void run() {
-        compute_deltas();
-        std::fill_n(work_.query_grads, rows_ * depth_, W{0});
-        for (std::int64_t key = 0; key < params_.key_length; key += kTile) {
-            run_keys(key, std::min(kTile, params_.key_length - key));
+        for (std::int64_t batch = 0; batch < params_.sequences.batch; ++batch) {
+            first_rows_.data()[batch] = rows_;
+            rows_ += params_.heads * sequence_of(params_.sequences, batch).queries;
         }
-        for (std::int64_t row = 0; row < rows_; ++row) {
-            store_row(work_.query_grads + row * depth_, W{1}, params_.head_dim,
-                      static_cast<T*>(params_.grad_q) + group_.offset(row, params_.grad_q_strides));
-        }
+        shares_ = std::clamp<std::int64_t>(kEnoughTasks / std::max<std::int64_t>(1, heads_), 1,
+                                           kMostShares);
+        Scratch<W> deltas(rows_);
+        Scratch<W> query_grads(shares_ * rows_ * depth_);
+        Scratch<W> distance_grads(shares_ * rows_);
+        deltas_ = deltas.data();
+        query_grads_ = query_grads.data();
+        distance_grads_ = distance_grads.data();
+        for_each_row([&](const Sequence& sequence, const RowPlace& at, std::int64_t row) {
+            start_row(sequence, at, row);
+        });
+        share_tasks(heads_ * shares_, [&](auto take) {
+            Scratch<W> scratch(kTileRows * (depth_ + columns_ + 2 * kTileKeys) +
+                               kTileKeys * (3 * depth_ + 3 * columns_ + 2));
+            const Workspace work(scratch, depth_, columns_);
+            for (std::int64_t task; take(task);) {
+                run_share(task / shares_, task % shares_, work);
+            }
+        });
+        for_each_row([&](const Sequence& sequence, const RowPlace& at, std::int64_t row) {
+            finish_row(sequence, at, row);
+        });
     }
 
   private:
-    W statistic(const void* tensor, std::int64_t row) const {
-        return static_cast<const W*>(
-            tensor)[(group_.batch * params_.heads + group_.head(row)) * params_.query_length +
-                    group_.query(row)];
+    RowPlace place(const Sequence& sequence, std::int64_t kv_head, std::int64_t row) const {
+        const std::int64_t head = kv_head * group_ + row % group_;
+        return {sequence.batch, head, sequence.batch * params_.heads + head, row / group_,
+                row / group_ + sequence.diagonal()};
     }
 
-    void compute_deltas() {
-        for (std::int64_t row = 0; row < rows_; ++row) {
-            const T* grad = static_cast<const T*>(params_.grad_out) +
-                            group_.offset(row, params_.grad_out_strides);
-            const T* out =
-                static_cast<const T*>(params_.out) + group_.offset(row, params_.out_strides);
-            W delta = 0;
-#pragma omp simd reduction(+ : delta)
-            for (std::int64_t i = 0; i < params_.value_dim; ++i) {
-                delta += widen(grad[i]) * widen(out[i]);
+    // Calls body(sequence, place, row) for all rows, which are counted through all key/value heads
+    // and sequences.
+    template <typename Body>
+    void for_each_row(Body body) const {
+        constexpr std::int64_t kGrain = 64;
+        parallel_for(rows_, kGrain, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t row = begin; row < end; ++row) {
+                const std::int64_t batch =
+                    last_at_most(first_rows_.data(), params_.sequences.batch, row);
+                const Sequence sequence = sequence_of(params_.sequences, batch);
+                const std::int64_t head_rows = sequence.queries * group_;
+                const std::int64_t within = row - first_rows_.data()[batch];
+                body(sequence, place(sequence, within / head_rows, within % head_rows), row);
             }
-            work_.deltas[row] =
-                params_.grad_lse == nullptr ? delta : delta - statistic(params_.grad_lse, row);
+        });
+    }
+
+    std::int64_t statistic(const Sequence& sequence, const RowPlace& at) const {
+        return at.batch * params_.lse_batch_stride + at.head * params_.lse_head_stride +
+               sequence.first_query + at.query;
+    }
+
+    void start_row(const Sequence& sequence, const RowPlace& at, std::int64_t row) const {
+        const T* grad = static_cast<const T*>(params_.grad_out) +
+                        sequence.query_offset(at.query, at.head, params_.grad_out_strides);
+        const T* out = static_cast<const T*>(params_.out) +
+                       sequence.query_offset(at.query, at.head, params_.out_strides);
+        W delta = 0;
+#pragma omp simd reduction(+ : delta)
+        for (std::int64_t i = 0; i < params_.value_dim; ++i) {
+            delta += widen(grad[i]) * widen(out[i]);
+        }
+        if (params_.grad_lse != nullptr) {
+            delta -= static_cast<const W*>(params_.grad_lse)[statistic(sequence, at)];
+        }
+        deltas_[row] = delta;
+        for (std::int64_t share = 0; share < shares_; ++share) {
+            std::fill_n(query_grads_ + (share * rows_ + row) * depth_, depth_, W{0});
+            distance_grads_[share * rows_ + row] = 0;
+        }
+        if (params_.grad_bias != nullptr) {
+            std::fill_n(grad_bias_row(sequence, at), sequence.keys, T{});
         }
     }
 
-    // The address of one key's row in k, v or a gradient of theirs.
-    template <typename Element>
-    Element* key_row(Element* tensor, std::int64_t key, const HeadStrides& strides) const {
-        return tensor + group_.batch * strides.batch + key * strides.sequence +
-               kv_head_ * strides.head;
-    }
-
-    // The keys [key, key + count) against all rows that see one of them.
-    void run_keys(std::int64_t key, std::int64_t count) {
-        for (std::int64_t n = 0; n < count; ++n) {
-            load_row(key_row(static_cast<const T*>(params_.k), key + n, params_.k_strides),
-                     params_.head_dim, work_.keys + n * depth_);
-            load_row(key_row(static_cast<const T*>(params_.v), key + n, params_.v_strides),
-                     params_.value_dim, work_.values + n * columns_);
+    void finish_row(const Sequence& sequence, const RowPlace& at, std::int64_t row) const {
+        W* sum = query_grads_ + row * depth_;
+        W distance = distance_grads_[row];
+        for (std::int64_t share = 1; share < shares_; ++share) {
+            const W* added = sum + share * rows_ * depth_;
+#pragma omp simd
+            for (std::int64_t i = 0; i < depth_; ++i) {
+                sum[i] += added[i];
+            }
+            distance += distance_grads_[share * rows_ + row];
         }
-        if (count % 2 != 0) {
-            std::fill_n(work_.keys + count * depth_, depth_, W{0});
-            std::fill_n(work_.values + count * columns_, columns_, W{0});
-        }
-        std::fill_n(work_.key_grads, kTile * depth_, W{0});
-        std::fill_n(work_.value_grads, kTile * columns_, W{0});
-        // Query i sees j < i + visible: the first that sees `key` is i = key - visible + 1.
-        const std::int64_t first_query =
-            params_.causal ? std::max<std::int64_t>(0, key - visible_ + 1) : 0;
-        for (std::int64_t row = first_query * group_.group; row < rows_; row += kTile) {
-            run_tile(row, std::min(kTile, rows_ - row), key, count);
-        }
-        for (std::int64_t n = 0; n < count; ++n) {
-            store_row(work_.key_grads + n * depth_, W{1}, params_.head_dim,
-                      key_row(static_cast<T*>(params_.grad_k), key + n, params_.grad_k_strides));
-            store_row(work_.value_grads + n * columns_, W{1}, params_.value_dim,
-                      key_row(static_cast<T*>(params_.grad_v), key + n, params_.grad_v_strides));
+        store_row(sum, W{1}, params_.head_dim,
+                  static_cast<T*>(params_.grad_q) +
+                      sequence.query_offset(at.query, at.head, params_.grad_q_strides));
+        if (params_.grad_distance != nullptr) {
+            static_cast<W*>(params_.grad_distance)[statistic(sequence, at)] = distance;
         }
     }
 
-    void run_tile(std::int64_t first_row, std::int64_t rows, std::int64_t key, std::int64_t count) {
-        for (std::int64_t m = 0; m < rows; ++m) {
-            load_row(
-                static_cast<const T*>(params_.q) + group_.offset(first_row + m, params_.q_strides),
-                params_.head_dim, work_.queries + m * depth_);
-            load_row(static_cast<const T*>(params_.grad_out) +
-                         group_.offset(first_row + m, params_.grad_out_strides),
-                     params_.value_dim, work_.grads + m * columns_);
+    T* grad_bias_row(const Sequence& sequence, const RowPlace& at) const {
+        return static_cast<T*>(params_.grad_bias) +
+               (at.batch_head * sequence.queries + at.query) * sequence.keys;
+    }
+
+    // Every shares_-th tile of a head's keys: later keys are seen by fewer queries, if causal.
+    void run_share(std::int64_t head, std::int64_t share, const Workspace& work) const {
+        const Sequence sequence = sequence_of(params_.sequences, head / params_.kv_heads);
+        const std::int64_t kv_head = head % params_.kv_heads;
+        for (std::int64_t key = share * kTileKeys; key < sequence.keys;
+             key += shares_ * kTileKeys) {
+            const KeyRange keys{key, std::min(key + kTileKeys, sequence.keys)};
+            Tiles<T>::load_keys(params_.k, params_.k_strides, params_.head_dim, params_.sequences,
+                                sequence, kv_head, keys, work.keys, work.keys_t);
+            Tiles<T>::load_keys(params_.v, params_.v_strides, params_.value_dim, params_.sequences,
+                                sequence, kv_head, keys, work.values, work.values_t);
+            std::fill_n(work.key_grads, kTileKeys * depth_, W{0});
+            std::fill_n(work.value_grads, kTileKeys * columns_, W{0});
+            const KeyRange seeing = sequence.queries_that_see(params_.scoring, keys);
+            for (std::int64_t row = seeing.begin * group_; row < seeing.end * group_;
+                 row += kTileRows) {
+                run_tile(sequence, kv_head, keys, row,
+                         std::min(kTileRows, seeing.end * group_ - row), share, work);
+            }
+            for (std::int64_t n = 0; n < keys.end - keys.begin; ++n) {
+                const auto at = [&](const HeadStrides& strides) {
+                    return sequence.key_offset(params_.sequences, key + n, kv_head, strides);
+                };
+                store_row(work.key_grads + n * depth_, W{1}, params_.head_dim,
+                          static_cast<T*>(params_.grad_k) + at(params_.grad_k_strides));
+                store_row(work.value_grads + n * columns_, W{1}, params_.value_dim,
+                          static_cast<T*>(params_.grad_v) + at(params_.grad_v_strides));
+            }
         }
-        dots(work_.queries, rows, work_.keys, count, depth_, work_.probabilities);
-        dots(work_.grads, rows, work_.values, count, columns_, work_.score_grads);
-        for (std::int64_t m = 0; m < rows; ++m) {
+    }
+
+    // Rows [first, first + count) of a head against a tile of keys.
+    void run_tile(const Sequence& sequence, std::int64_t kv_head, const KeyRange& keys,
+                  std::int64_t first, std::int64_t count, std::int64_t share,
+                  const Workspace& work) const {
+        constexpr std::int64_t kOne = 1;
+        const std::int64_t key_count = keys.end - keys.begin;
+        const std::int64_t first_row =
+            first_rows_.data()[sequence.batch] + kv_head * group_ * sequence.queries + first;
+        Tiles<T>::load_queries(params_.q, params_.q_strides, params_.head_dim, sequence,
+                               kv_head * group_, group_, first, count, work.queries);
+        Tiles<T>::load_queries(params_.grad_out, params_.grad_out_strides, params_.value_dim,
+                               sequence, kv_head * group_, group_, first, count, work.grads);
+        product<false>(work.queries, depth_, kOne, count, work.keys_t, params_.head_dim, kTileKeys,
+                       work.scores);
+        product<false>(work.grads, columns_, kOne, count, work.values_t, params_.value_dim,
+                       kTileKeys, work.score_grads);
+        for (std::int64_t m = 0; m < count; ++m) {
             const std::int64_t row = first_row + m;
-            const std::int64_t limit = params_.causal ? group_.query(row) + visible_ - key : count;
-            differentiate_row(work_.probabilities + m * kTile, work_.score_grads + m * kTile,
-                              std::clamp<std::int64_t>(limit, 0, count), count,
-                              static_cast<W>(params_.softmax_scale), statistic(params_.lse, row),
-                              work_.deltas[row]);
+            differentiate_row(sequence, place(sequence, kv_head, first + m), keys, deltas_[row],
+                              work.scores + m * kTileKeys, work.score_grads + m * kTileKeys,
+                              distance_grads_[share * rows_ + row], work);
         }
         // The strides of the transposes: row n of P^T is column n of P.
-        constexpr std::int64_t kOne = 1;
-        add_product(work_.probabilities, kOne, kTile, count, work_.grads, rows, columns_,
-                    work_.value_grads);
-        add_product(work_.score_grads, kOne, kTile, count, work_.queries, rows, depth_,
-                    work_.key_grads);
-        add_product(work_.score_grads, kTile, kOne, rows, work_.keys, count, depth_,
-                    work_.query_grads + first_row * depth_);
+        product<true>(work.scores, kOne, kTileKeys, key_count, work.grads, count, columns_,
+                      work.value_grads);
+        product<true>(work.score_grads, kOne, kTileKeys, key_count, work.queries, count, depth_,
+                      work.key_grads);
+        product<true>(work.score_grads, kTileKeys, kOne, count, work.keys, key_count, depth_,
+                      query_grads_ + (share * rows_ + first_row) * depth_);
+    }
+
+    // Products become what multiplies grad_out in grad_v, and products of gradients the gradients
+    // of the products.
+    void differentiate_row(const Sequence& sequence, const RowPlace& at, const KeyRange& keys,
+                           W delta, W* scores, W* score_grads, W& distance,
+                           const Workspace& work) const {
+        const Scoring& scoring = params_.scoring;
+        const KeyRange seen =
+            make_scores<T>(scoring, at, sequence.keys, keys.begin, scores, work.slopes);
+        const W lse = static_cast<const W*>(params_.lse)[statistic(sequence, at)];
+        // All of a row that sees nothing is minus infinity.
+        const W base = lse == kNothing<W> ? W{0} : lse;
+        if (scoring.dropout_seed != nullptr) {
+            const W kept = W{1} / static_cast<W>(1.0 - scoring.dropout_p);
+            draw_dropout(scoring, at, keys.begin, work.factors);
+#pragma omp simd
+            for (std::int64_t j = 0; j < kTileKeys; ++j) {
+                const W factor = kept * work.factors[j];
+                const W probability = exponential(scores[j] - base);
+                scores[j] = factor * probability;
+                score_grads[j] = probability * (factor * score_grads[j] - delta);
+            }
+        } else {
+#pragma omp simd
+            for (std::int64_t j = 0; j < kTileKeys; ++j) {
+                scores[j] = exponential(scores[j] - base);
+                score_grads[j] = scores[j] * (score_grads[j] - delta);
+            }
+        }
+        if (params_.grad_bias != nullptr) {
+            T* to = grad_bias_row(sequence, at) + keys.begin;
+#pragma omp simd
+            for (std::int64_t j = seen.begin; j < seen.end; ++j) {
+                to[j] = narrow<T>(score_grads[j]);
+            }
+        }
+        if (params_.grad_distance != nullptr) {
+            const std::int64_t start = keys.begin - at.diagonal;
+            for (std::int64_t j = seen.begin; j < seen.end; ++j) {
+                distance -= std::fabs(static_cast<W>(start + j)) * score_grads[j];
+            }
+        }
+        const W scale = static_cast<W>(scoring.softmax_scale);
+        const bool capped = scoring.softcap > 0.0;
+#pragma omp simd
+        for (std::int64_t j = 0; j < kTileKeys; ++j) {
+            score_grads[j] *= capped ? scale * work.slopes[j] : scale;
+        }
     }
 
     const AttentionBackwardParams& params_;
-    Workspace<W>& work_;
-    const std::int64_t kv_head_;
-    const GroupRows group_;
-    const std::int64_t rows_;
+    const std::int64_t group_;
     const std::int64_t depth_;
     const std::int64_t columns_;
-    const std::int64_t visible_;
+    const std::int64_t heads_;                // key/value heads of all sequences
+    const Scratch<std::int64_t> first_rows_;  // [batch] of each sequence
+    std::int64_t rows_ = 0;
+    std::int64_t shares_ = 1;
+    W* deltas_ = nullptr;          // [rows] sum of grad_out * out, less grad_lse
+    W* query_grads_ = nullptr;     // [shares, rows, depth]
+    W* distance_grads_ = nullptr;  // [shares, rows]
 };
-
-template <typename T>
-void backward(const AttentionBackwardParams& params) {
-    using W = Wide<T>;
-    const std::int64_t rows = params.heads / params.kv_heads * params.query_length;
-    const std::int64_t depth = padded<W>(params.head_dim);
-    const std::int64_t columns = padded<W>(params.value_dim);
-    parallel_for(params.batch * params.kv_heads, 1, [&](std::int64_t first, std::int64_t last) {
-        Scratch<W> scratch(Workspace<W>::size(rows, depth, columns));
-        Workspace<W> work(scratch, rows, depth, columns);
-        for (std::int64_t task = first; task < last; ++task) {
-            HeadBackward<T>(params, task, work).run();
-        }
-    });
-}
 
 }  // namespace
 
 void attention_backward_cpu(const AttentionBackwardParams& params) {
-    visit_element_type(params.dtype, [&]<typename T>() { backward<T>(params); });
+    visit_element_type(params.dtype, [&]<typename T>() { Backward<T>(params).run(); });
 }
 
 }  // namespace WARPLOOM_CPU_ISA

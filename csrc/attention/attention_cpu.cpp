@@ -1,228 +1,215 @@
 // Attention forward on the CPU: softmax without a score matrix, tile by tile of keys (online
-// softmax: Milakov and Gimelshein 2018). All queries and heads that share a key/value head are rows
-// of one tile, so that decoding reads each key and value once.
+// softmax: Milakov and Gimelshein 2018). A task is a tile of rows: queries of all heads that read
+// one key/value head.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "attention/attention.h"
+#include "attention/attention_decode.h"
+#include "attention/scoring_cpu.h"
+#include "attention/sequences_cpu.h"
 #include "attention/tile_cpu.h"
 #include "common/cpu_float.h"
-#include "common/cpu_math.h"
-#include "common/parallel.h"
 
 namespace warploom::attention {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
-// A long run of keys is cut into pieces where there are fewer than kEnoughTasks tiles of rows; how,
-// depends on the shape alone, so that the result does not depend on the number of threads.
-constexpr std::int64_t kEnoughTasks = 64;
-constexpr std::int64_t kLeastKeys = 512;
-
-// One tile of rows over one piece of the keys: what is left to divide and to store.
-template <typename W>
-struct Softmax {
-    W* maximum;  // [rows]
-    W* total;    // [rows] sum of exp(score - maximum)
-    W* sum;      // [rows, padded value_dim] sum of exp(score - maximum) * v
-};
-
-struct Shape {
-    std::int64_t group;
-    std::int64_t rows;  // of one key/value head
-    std::int64_t row_tiles;
-    std::int64_t pieces;      // of the keys
-    std::int64_t piece_keys;  // a multiple of kTile
-    std::int64_t tasks;
-};
-
-Shape shape_of(const AttentionParams& params) {
-    Shape shape{};
-    shape.group = params.heads / params.kv_heads;
-    shape.rows = shape.group * params.query_length;
-    shape.row_tiles = ceil_divide(shape.rows, kTile);
-    const std::int64_t tiles = std::int64_t{params.batch} * params.kv_heads * shape.row_tiles;
-    const std::int64_t wanted = ceil_divide(kEnoughTasks, std::max<std::int64_t>(tiles, 1));
-    const std::int64_t pieces = std::clamp<std::int64_t>(params.key_length / kLeastKeys, 1, wanted);
-    shape.piece_keys = ceil_divide(ceil_divide(params.key_length, pieces), kTile) * kTile;
-    shape.pieces =
-        shape.piece_keys > 0 ? ceil_divide(params.key_length, shape.piece_keys) : std::int64_t{1};
-    shape.tasks = tiles * shape.pieces;
-    return shape;
-}
-
-// Scores become exp(score - maximum); the sums so far are scaled to the new maximum.
-template <typename W>
-void absorb_scores(W* scores, std::int64_t seen, std::int64_t keys, W scale, W& maximum, W& total,
-                   W* sum, std::int64_t columns) {
-    W raised = maximum;
-#pragma omp simd reduction(max : raised)
-    for (std::int64_t j = 0; j < seen; ++j) {
-        scores[j] *= scale;
-        raised = scores[j] > raised ? scores[j] : raised;
-    }
-    // A row of minus infinities alone keeps its zeros.
-    const W base = raised == -std::numeric_limits<W>::infinity() ? W{0} : raised;
-    W added = 0;
-#pragma omp simd reduction(+ : added)
-    for (std::int64_t j = 0; j < seen; ++j) {
-        scores[j] = exponential(scores[j] - base);
-        added += scores[j];
-    }
-    std::fill(scores + seen, scores + keys, W{0});
-    const W correction = exponential(maximum - base);
-    total = total * correction + added;
-    if (correction != W{1}) {
-#pragma omp simd
-        for (std::int64_t i = 0; i < columns; ++i) {
-            sum[i] *= correction;
-        }
-    }
-    maximum = raised;
-}
-
-// Rows [first_row, first_row + rows) against the keys [begin, end).
 template <typename T>
-void attend(const AttentionParams& params, const GroupRows& group, std::int64_t kv_head,
-            std::int64_t first_row, std::int64_t rows, std::int64_t begin, std::int64_t end,
-            Wide<T>* scratch, const Softmax<Wide<T>>& state) {
+class Forward {
     using W = Wide<T>;
-    const std::int64_t depth = padded<W>(params.head_dim);
-    const std::int64_t columns = padded<W>(params.value_dim);
-    W* queries = scratch;
-    W* keys = queries + kTile * depth;
-    W* values = keys + kTile * depth;
-    W* scores = values + kTile * columns;
-    for (std::int64_t m = 0; m < rows; ++m) {
-        const std::int64_t offset = group.offset(first_row + m, params.q_strides);
-        load_row(static_cast<const T*>(params.q) + offset, params.head_dim, queries + m * depth);
-        state.maximum[m] = -std::numeric_limits<W>::infinity();
-        state.total[m] = 0;
-    }
-    std::fill_n(state.sum, rows * columns, W{0});
-    // Keys that query i sees: j < i + visible.
-    const std::int64_t visible = std::int64_t{params.key_length} - params.query_length + 1;
-    const std::int64_t last_query = group.query(first_row + rows - 1);
-    const std::int64_t stop = params.causal ? std::min(end, last_query + visible) : end;
-    const T* k = static_cast<const T*>(params.k) + group.batch * params.k_strides.batch +
-                 kv_head * params.k_strides.head;
-    const T* v = static_cast<const T*>(params.v) + group.batch * params.v_strides.batch +
-                 kv_head * params.v_strides.head;
-    for (std::int64_t key = begin; key < stop; key += kTile) {
-        const std::int64_t count = std::min(kTile, stop - key);
-        for (std::int64_t n = 0; n < count; ++n) {
-            load_row(k + (key + n) * params.k_strides.sequence, params.head_dim, keys + n * depth);
-            load_row(v + (key + n) * params.v_strides.sequence, params.value_dim,
-                     values + n * columns);
-        }
-        if (count % 2 != 0) {
-            std::fill_n(keys + count * depth, depth, W{0});
-        }
-        dots(queries, rows, keys, count, depth, scores);
-        for (std::int64_t m = 0; m < rows; ++m) {
-            const std::int64_t limit =
-                params.causal ? group.query(first_row + m) + visible - key : count;
-            absorb_scores(scores + m * kTile, std::clamp<std::int64_t>(limit, 0, count), count,
-                          static_cast<W>(params.softmax_scale), state.maximum[m], state.total[m],
-                          state.sum + m * columns, columns);
-        }
-        add_product(scores, kTile, std::int64_t{1}, rows, values, count, columns, state.sum);
-    }
-}
 
-// Adds the pieces of a tile up into the first and stores it.
-template <typename T>
-void finish(const AttentionParams& params, const GroupRows& group, std::int64_t first_row,
-            std::int64_t rows, const Softmax<Wide<T>>* pieces, std::int64_t count) {
-    using W = Wide<T>;
-    constexpr W kNothing = -std::numeric_limits<W>::infinity();
-    const std::int64_t columns = padded<W>(params.value_dim);
-    for (std::int64_t m = 0; m < rows; ++m) {
-        W maximum = kNothing;
-        for (std::int64_t piece = 0; piece < count; ++piece) {
-            maximum = std::max(maximum, pieces[piece].maximum[m]);
+    // Tiles of one thread.
+    struct Workspace {
+        W* queries;     // [kTileRows, depth]
+        W* keys;        // [kTileKeys, depth]
+        W* transposed;  // [depth, kTileKeys] of keys
+        W* values;      // [kTileKeys, columns]
+        W* scores;      // [kTileRows, kTileKeys]
+        W* sums;        // [kTileRows, columns] of exp(score - maximum) v
+        W* factors;     // [kTileKeys] of dropout
+        Softmax<W> states[kTileRows];
+
+        Workspace(Scratch<W>& scratch, std::int64_t depth, std::int64_t columns)
+            : queries(scratch.take(kTileRows * depth)),
+              keys(scratch.take(kTileKeys * depth)),
+              transposed(scratch.take(kTileKeys * depth)),
+              values(scratch.take(kTileKeys * columns)),
+              scores(scratch.take(kTileRows * kTileKeys)),
+              sums(scratch.take(kTileRows * columns)),
+              factors(scratch.take(kTileKeys)) {}
+    };
+
+  public:
+    explicit Forward(const AttentionParams& params)
+        : params_(params),
+          group_(params.heads / params.kv_heads),
+          depth_(padded<W>(params.head_dim)),
+          columns_(padded<W>(params.value_dim)),
+          first_tasks_(params.sequences.batch) {}
+
+    void run() {
+        std::int64_t tasks = 0;
+        for (std::int64_t batch = 0; batch < params_.sequences.batch; ++batch) {
+            first_tasks_.data()[batch] = tasks;
+            tasks += params_.kv_heads * row_tiles(sequence_of(params_.sequences, batch));
         }
-        const W base = maximum == kNothing ? W{0} : maximum;
-        W total = 0;
-        W* sum = pieces[0].sum + m * columns;
-        for (std::int64_t piece = 0; piece < count; ++piece) {
-            const W factor = exponential(pieces[piece].maximum[m] - base);
-            total += pieces[piece].total[m] * factor;
-            const W* from = pieces[piece].sum + m * columns;
+        share_tasks(tasks, [&](auto take) {
+            Scratch<W> scratch(kTileRows * (depth_ + columns_ + kTileKeys) +
+                               kTileKeys * (2 * depth_ + columns_ + 1));
+            Workspace work(scratch, depth_, columns_);
+            for (std::int64_t task; take(task);) {
+                run_task(task, work);
+            }
+        });
+    }
+
+  private:
+    std::int64_t row_tiles(const Sequence& sequence) const {
+        return ceil_divide(sequence.queries * group_, kTileRows);
+    }
+
+    void run_task(std::int64_t task, Workspace& work) const {
+        const std::int64_t batch = last_at_most(first_tasks_.data(), params_.sequences.batch, task);
+        const Sequence sequence = sequence_of(params_.sequences, batch);
+        const std::int64_t tile = task - first_tasks_.data()[batch];
+        const std::int64_t first = tile % row_tiles(sequence) * kTileRows;
+        run_tile(sequence, tile / row_tiles(sequence), first,
+                 std::min(first + kTileRows, sequence.queries * group_), work);
+    }
+
+    RowPlace place(const Sequence& sequence, std::int64_t kv_head, std::int64_t row) const {
+        const std::int64_t head = kv_head * group_ + row % group_;
+        return {sequence.batch, head, sequence.batch * params_.heads + head, row / group_,
+                row / group_ + sequence.diagonal()};
+    }
+
+    // Rows [first, end) of a key/value head.
+    void run_tile(const Sequence& sequence, std::int64_t kv_head, std::int64_t first,
+                  std::int64_t end, Workspace& work) const {
+        const Scoring& scoring = params_.scoring;
+        Tiles<T>::load_queries(params_.q, params_.q_strides, params_.head_dim, sequence,
+                               kv_head * group_, group_, first, end - first, work.queries);
+        std::fill_n(work.sums, (end - first) * columns_, W{0});
+        for (std::int64_t row = first; row < end; ++row) {
+            work.states[row - first] = Softmax<W>::start(scoring, kv_head * group_ + row % group_);
+        }
+        const std::int64_t diagonal = sequence.diagonal();
+        const std::int64_t from =
+            std::max<std::int64_t>(
+                0, seen_keys(scoring, first / group_ + diagonal, sequence.keys).begin) /
+            kTileKeys * kTileKeys;
+        const std::int64_t to =
+            seen_keys(scoring, (end - 1) / group_ + diagonal, sequence.keys).end;
+        for (std::int64_t key = from; key < to; key += kTileKeys) {
+            const KeyRange keys{key, std::min(key + kTileKeys, to)};
+            const KeyRange seeing = sequence.queries_that_see(scoring, keys);
+            run_keys(sequence, kv_head, keys, std::max(first, seeing.begin * group_),
+                     std::min(end, seeing.end * group_), first, work);
+        }
+        for (std::int64_t row = first; row < end; ++row) {
+            finish_row(sequence, place(sequence, kv_head, row), work.states[row - first],
+                       work.sums + (row - first) * columns_);
+        }
+    }
+
+    // Rows [begin, end) of the tile that starts with `first` against a tile of keys.
+    void run_keys(const Sequence& sequence, std::int64_t kv_head, const KeyRange& keys,
+                  std::int64_t begin, std::int64_t end, std::int64_t first, Workspace& work) const {
+        if (begin >= end) {
+            return;
+        }
+        Tiles<T>::load_keys(params_.k, params_.k_strides, params_.head_dim, params_.sequences,
+                            sequence, kv_head, keys, work.keys, work.transposed);
+        Tiles<T>::load_keys(params_.v, params_.v_strides, params_.value_dim, params_.sequences,
+                            sequence, kv_head, keys, work.values, nullptr);
+        W* scores = work.scores;
+        product<false>(work.queries + (begin - first) * depth_, depth_, std::int64_t{1},
+                       end - begin, work.transposed, params_.head_dim, kTileKeys, scores);
+        for (std::int64_t row = begin; row < end; ++row) {
+            W* row_scores = scores + (row - begin) * kTileKeys;
+            const RowPlace at = place(sequence, kv_head, row);
+            make_scores<T>(params_.scoring, at, sequence.keys, keys.begin, row_scores, nullptr);
+            work.states[row - first].absorb(row_scores, work.sums + (row - first) * columns_,
+                                            columns_);
+            if (params_.scoring.dropout_seed != nullptr) {
+                draw_dropout(params_.scoring, at, keys.begin, work.factors);
 #pragma omp simd
-            for (std::int64_t i = 0; i < columns; ++i) {
-                sum[i] = (piece == 0 ? W{0} : sum[i]) + from[i] * factor;
+                for (std::int64_t j = 0; j < kTileKeys; ++j) {
+                    row_scores[j] *= work.factors[j];
+                }
             }
         }
-        const std::int64_t row = first_row + m;
-        T* out = static_cast<T*>(params.out) + group.offset(row, params.out_strides);
-        store_row(sum, total == W{0} ? W{0} : W{1} / total, params.value_dim, out);
+        product<true>(scores, kTileKeys, std::int64_t{1}, end - begin, work.values,
+                      keys.end - keys.begin, columns_, work.sums + (begin - first) * columns_);
+    }
+
+    void finish_row(const Sequence& sequence, const RowPlace& at, const Softmax<W>& state,
+                    const W* sum) const {
+        const W kept = static_cast<W>(1.0 - params_.scoring.dropout_p);
+        const W factor = state.total == W{0} ? W{0} : W{1} / (state.total * kept);
+        store_row(sum, factor, params_.value_dim,
+                  static_cast<T*>(params_.out) +
+                      sequence.query_offset(at.query, at.head, params_.out_strides));
         static_cast<W*>(
-            params.lse)[(group.batch * params.heads + group.head(row)) * params.query_length +
-                        group.query(row)] = total == W{0} ? kNothing : maximum + std::log(total);
+            params_.lse)[at.batch * params_.lse_batch_stride + at.head * params_.lse_head_stride +
+                         sequence.first_query + at.query] = state.log_sum();
     }
+
+    const AttentionParams& params_;
+    const std::int64_t group_;
+    const std::int64_t depth_;
+    const std::int64_t columns_;
+    const Scratch<std::int64_t> first_tasks_;  // [batch] of each sequence
+};
+
+// Few queries on many keys are bound by reading them: decoding, of caches that are full.
+void decode(const AttentionParams& params) {
+    const Sequences& sequences = params.sequences;
+    Scratch<std::int32_t> lengths(sequences.batch);
+    std::fill_n(lengths.data(), sequences.batch, sequences.key_length);
+    AttentionDecodeParams decode{};
+    decode.q = params.q;
+    decode.k_cache = params.k;
+    decode.v_cache = params.v;
+    decode.out = params.out;
+    decode.lse = params.lse;
+    decode.cache_seqlens = lengths.data();
+    decode.q_strides = params.q_strides;
+    decode.k_strides = params.k_strides;
+    decode.v_strides = params.v_strides;
+    decode.out_strides = params.out_strides;
+    decode.scoring = params.scoring;
+    decode.page_size = sequences.key_length;
+    decode.batch = sequences.batch;
+    decode.query_length = sequences.query_length;
+    decode.capacity = sequences.key_length;
+    decode.heads = params.heads;
+    decode.kv_heads = params.kv_heads;
+    decode.head_dim = params.head_dim;
+    decode.value_dim = params.value_dim;
+    decode.num_splits = 1;
+    decode.dtype = params.dtype;
+    WARPLOOM_CPU_ISA::attention_decode_cpu(decode);
 }
 
-template <typename T>
-void forward(const AttentionParams& params) {
-    using W = Wide<T>;
-    const Shape shape = shape_of(params);
-    const std::int64_t depth = padded<W>(params.head_dim);
-    const std::int64_t columns = padded<W>(params.value_dim);
-    const std::int64_t state_size = kTile * (columns + 2);
-    const std::int64_t tile_size = kTile * (2 * depth + columns + kTile);
-    const bool in_pieces = shape.pieces > 1;
-    Scratch<W> saved(in_pieces ? shape.tasks * state_size : 0);
-    W* states = saved.take(0);
-    const auto state_at = [&](W* memory) {
-        return Softmax<W>{memory + kTile * columns, memory + kTile * (columns + 1), memory};
-    };
-    const auto group_of = [&](std::int64_t tile) {
-        const std::int64_t head = tile / shape.row_tiles;
-        return GroupRows{shape.group, head % params.kv_heads * shape.group, head / params.kv_heads};
-    };
-    const auto rows_of = [&](std::int64_t tile) {
-        return std::min(kTile, shape.rows - tile % shape.row_tiles * kTile);
-    };
-    parallel_for(shape.tasks, 1, [&](std::int64_t first, std::int64_t last) {
-        Scratch<W> scratch(tile_size + state_size);
-        W* tiles = scratch.take(tile_size);
-        W* own = scratch.take(state_size);
-        for (std::int64_t task = first; task < last; ++task) {
-            const std::int64_t tile = task / shape.pieces;
-            const std::int64_t begin = task % shape.pieces * shape.piece_keys;
-            const Softmax<W> state = state_at(in_pieces ? states + task * state_size : own);
-            const std::int64_t first_row = tile % shape.row_tiles * kTile;
-            attend<T>(params, group_of(tile), tile / shape.row_tiles % params.kv_heads, first_row,
-                      rows_of(tile), begin,
-                      std::min<std::int64_t>(begin + shape.piece_keys, params.key_length), tiles,
-                      state);
-            if (!in_pieces) {
-                finish<T>(params, group_of(tile), first_row, rows_of(tile), &state, 1);
-            }
-        }
-    });
-    if (!in_pieces) {
-        return;
-    }
-    parallel_for(shape.tasks / shape.pieces, 1, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t tile = first; tile < last; ++tile) {
-            Softmax<W> pieces[kEnoughTasks];
-            for (std::int64_t piece = 0; piece < shape.pieces; ++piece) {
-                pieces[piece] = state_at(states + (tile * shape.pieces + piece) * state_size);
-            }
-            finish<T>(params, group_of(tile), tile % shape.row_tiles * kTile, rows_of(tile), pieces,
-                      shape.pieces);
-        }
-    });
+bool is_decoding(const AttentionParams& params) {
+    constexpr int kDecodingQueries = 8;
+    const Scoring& scoring = params.scoring;
+    return params.sequences.cu_seqlens_q == nullptr &&
+           params.sequences.query_length <= kDecodingQueries &&
+           params.sequences.key_length > kTileKeys && scoring.bias == nullptr &&
+           scoring.key_padding_mask == nullptr && scoring.dropout_seed == nullptr;
 }
 
 }  // namespace
 
 void attention_forward_cpu(const AttentionParams& params) {
-    visit_element_type(params.dtype, [&]<typename T>() { forward<T>(params); });
+    if (is_decoding(params)) {
+        decode(params);
+        return;
+    }
+    visit_element_type(params.dtype, [&]<typename T>() { Forward<T>(params).run(); });
 }
 
 }  // namespace WARPLOOM_CPU_ISA

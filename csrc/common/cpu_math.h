@@ -23,9 +23,16 @@ inline double fused_multiply_add(double a, double b, double c) {
     return __builtin_fma(a, b, c);
 }
 
-// exp(x) = 2^n exp(r), |r| <= log(2) / 2, for x in [-87.3, 88.3]; any number beyond. The polynomial
-// has the least maximal error of its degree, 2e-9, before its first two coefficients became 1.
-inline float exponential_in_range(float x) {
+// exp(x) = power (1 + r slope), power = 2^n, |r| <= log(2) / 2, for x in [-87.3, 88.3]; any number
+// beyond. The polynomial has the least maximal error of its degree, 2e-9, before its first two
+// coefficients became 1.
+struct Exponential {
+    float r;
+    float slope;
+    float power;
+};
+
+inline Exponential split_exponential(float x) {
     constexpr float kLogTwoHigh = 0x1.62e4p-1f;  // 15 bits: its product with n is exact
     constexpr float kLogTwoLow = 0x1.7f7d1cp-20f;
     constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
@@ -38,8 +45,12 @@ inline float exponential_in_range(float x) {
     sum = fused_multiply_add(sum, r, 0.16666415481892324f);
     sum = fused_multiply_add(sum, r, 0.500000016837979f);
     sum = fused_multiply_add(sum, r, 1.0f);
-    sum = fused_multiply_add(sum, r, 1.0f);
-    return sum * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) + 127u) << 23);
+    return {r, sum, std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) + 127u) << 23)};
+}
+
+inline float exponential_in_range(float x) {
+    const Exponential parts = split_exponential(x);
+    return fused_multiply_add(parts.slope, parts.r, 1.0f) * parts.power;
 }
 
 constexpr float kLeastExponent = -87.336544f;    // log(2^-126)
@@ -52,6 +63,27 @@ inline float exponential(float x) {
     const float scaled = exponential_in_range(x);
     const float raised = x < kLeastExponent ? 0.0f : scaled;
     return x > kGreatestExponent ? std::numeric_limits<float>::infinity() : raised;
+}
+
+// exp(x) for x <= 0
+inline double exponential_of_negative(double x) {
+    return std::exp(x);
+}
+inline float exponential_of_negative(float x) {
+    const float scaled = exponential_in_range(x);
+    return x < kLeastExponent ? 0.0f : scaled;
+}
+
+inline double hyperbolic_tangent(double x) {
+    return std::tanh(x);
+}
+// e / (e + 2) with e = exp(2 |x|) - 1, taken without cancellation; 1 in float32 beyond 10.
+inline float hyperbolic_tangent(float x) {
+    const float magnitude = std::fabs(x);
+    const float doubled = magnitude > 10.0f ? 20.0f : 2.0f * magnitude;
+    const Exponential parts = split_exponential(doubled);
+    const float e = fused_multiply_add(parts.power, parts.r * parts.slope, parts.power - 1.0f);
+    return std::copysign(e / (e + 2.0f), x);
 }
 
 // exp(-|x|)

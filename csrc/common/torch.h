@@ -198,6 +198,12 @@ class Call {
         return empty({tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
     }
 
+    // A copy that has to outlive the launch.
+    const Tensor& keep(Tensor tensor) {
+        kept_.push_back(std::move(tensor));
+        return kept_.back();
+    }
+
     // The address of an argument that the kernel reads; all tensors of a call share one device.
     const void* input(const Tensor& tensor, const char* argument) {
         check_device(tensor, argument);
@@ -293,6 +299,7 @@ class Call {
 
     const char* op_;
     const Tensor& first_;
+    std::vector<Tensor> kept_;
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #if defined(WARPLOOM_SIMT)
     std::vector<device::simt::RegisteredRange> ranges_;  // what this call's kernels may touch

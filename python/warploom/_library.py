@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from warploom import _backends
+from warploom import _backends, _sharding
 
 _library = torch.library.Library("warploom", "DEF")
 
@@ -36,12 +36,22 @@ class Operator:
     alone, so that it can be traced. It is given the forward's arguments for a backward op too.
     """
 
-    def __init__(self, name: str, backends: Sequence[str], why_not: dict[str, WhyNot]) -> None:
+    def __init__(
+        self,
+        name: str,
+        backends: Sequence[str],
+        why_not: dict[str, WhyNot],
+        sharding: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.backends = tuple(backends)
         self.why_not_rules = why_not
+        self.sharding = tuple(sharding)
         packet = getattr(torch.ops.warploom, name)
         self.overloads = {backend: getattr(packet, backend) for backend in backends}
+        schema = self.overloads["reference"]._schema
+        #: Per argument whether it is a tensor, also where an optional one is None.
+        self.tensor_slots = tuple("Tensor" in str(arg.type) for arg in schema.arguments)
 
     def why_not(self, backend: str, *args: Any) -> list[str]:
         """Every reason why `backend` cannot serve a call with these arguments; empty if it can."""
@@ -126,11 +136,13 @@ def define(
     native: Sequence[str] = ("cpu", "cuda", "simt", "simt_instrumented"),
     triton: str | None = None,
     why_not: dict[str, WhyNot] | None = None,
+    sharding: Sequence[str] = (),
 ) -> Operator:
     """Define op `name` with one overload per backend.
 
     `signature` is the schema without the name; `native` names the backends that the compiled modules
-    implement; `triton` is "family.module:function", imported at the first call.
+    implement; `triton` is "family.module:function", imported at the first call; `sharding` says how DTensors
+    may be sharded (`_sharding`), beside being replicated.
     """
     backends = ["reference", *native]
     if triton is not None:
@@ -144,7 +156,8 @@ def define(
         launcher = _lazy_triton(triton)
         for key in ("CPU", "CUDA"):
             _library.impl(f"{name}.triton", launcher, key)
-    operator = Operator(name, backends, dict(why_not or {}))
+    operator = Operator(name, backends, dict(why_not or {}), sharding)
+    _sharding.register(list(operator.overloads.values()), sharding)
     OPS[name] = operator
     return operator
 
@@ -166,8 +179,9 @@ class Differentiable:
     """A forward op with its backward op, callable on tensors that may need gradients.
 
     save(args, outputs) -> the tensors kept for backward, the same for every backend.
-    backward(overload, saved, scalars, grads) -> one gradient per tensor argument of the forward, in order;
-    `overload` is the backward op of the chosen backend, `scalars` the non-tensor arguments.
+    backward(overload, saved, scalars, grads, needs) -> one gradient per tensor argument of the forward's
+    schema, in order, optional ones included; `overload` is the backward op of the chosen backend, `scalars`
+    are the non-tensor arguments, `needs` says of each tensor argument whether its gradient is asked for.
     """
 
     def __init__(
@@ -223,13 +237,13 @@ def _make_functions(
     constants: Sequence[int],
 ) -> tuple[Any, Any]:
     """The two forms of one autograd.Function: the cheap one, and the one that functorch needs."""
+    slots = forward_op.tensor_slots
 
     def keep(ctx: Any, chosen_backward: str, args: Sequence[Any], outputs: Any) -> None:
         results = outputs if isinstance(outputs, tuple) else (outputs,)
         ctx.save_for_backward(*save(args, results))
         ctx.chosen_backward = chosen_backward
-        ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
-        ctx.scalars = [arg for arg in args if not isinstance(arg, Tensor)]
+        ctx.scalars = [arg for arg, is_tensor in zip(args, slots) if not is_tensor]
         ctx.set_materialize_grads(False)
         if constants:
             ctx.mark_non_differentiable(*(results[index] for index in constants))
@@ -244,8 +258,10 @@ def _make_functions(
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(overload: Any, scalars: Any, count: int, *tensors: Tensor | None) -> Any:
-            return backward(overload, tensors[:count], scalars, tensors[count:])
+        def forward(
+            overload: Any, scalars: Any, needs: Any, count: int, *tensors: Tensor | None
+        ) -> Any:
+            return backward(overload, tensors[:count], scalars, tensors[count:], needs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -260,15 +276,17 @@ def _make_functions(
     def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         overload = backward_op.overloads[ctx.chosen_backward]
         if all(grad is None for grad in grads):
-            return (None,) * (2 + len(ctx.is_tensor))
+            return (None,) * (2 + len(slots))
         saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        needs = [need for need, is_tensor in zip(needed, slots) if is_tensor]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             once: Any = Once
-            results = once.apply(overload, ctx.scalars, len(saved), *saved, *grads)
+            results = once.apply(overload, ctx.scalars, needs, len(saved), *saved, *grads)
         else:
-            results = backward(overload, saved, ctx.scalars, grads)
+            results = backward(overload, saved, ctx.scalars, grads, needs)
         per_tensor = iter(results)
-        per_argument = [next(per_tensor) if tensor else None for tensor in ctx.is_tensor]
+        per_argument = [next(per_tensor) if is_tensor else None for is_tensor in slots]
         return (None, None, *per_argument)
 
     class Plain(torch.autograd.Function):

@@ -108,7 +108,8 @@ def run_bench(arguments: Sequence[str]) -> None:
         raise SystemExit(subprocess.run(command, cwd=checkout, check=False).returncode)
     import torch
 
-    from warploom.recipes.op_table import CASES, measure, print_results
+    from warploom.recipes.op_cases import CASES
+    from warploom.recipes.op_table import measure, print_results
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = [measure(case, torch.float32, device=device) for case in CASES]

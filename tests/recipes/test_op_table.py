@@ -10,7 +10,8 @@ import pytest
 import torch
 from warploom._library import OPS
 from warploom.recipes import op_table
-from warploom.recipes.op_table import CASES, OpCase, measure, write_results
+from warploom.recipes.op_cases import CASES, OpCase
+from warploom.recipes.op_table import measure, write_results
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -5,208 +5,253 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from warploom.triton_kernels.attention.tiles import (
-    LOG2_E,
-    forward_tile,
-    padded_head_dim,
-    why_not_attention,
+from warploom.triton_kernels.attention.arguments import (
+    UNSPECIALIZED,
+    Launch,
+    block_constants,
+    dense_arguments,
+    example,
+    head_strides,
+    is_plain,
+    score_arguments,
+    sequence_arguments,
 )
+from warploom.triton_kernels.attention.attend import attend, finish, initial_state
+from warploom.triton_kernels.attention.scoring import LN_2, LOG2_E, key_range, sequence
+from warploom.triton_kernels.attention.tiles import forward_tile, why_not_attention
 from warploom.triton_kernels.common.launch import (
-    COMPILE_OPTIONS,
     AheadOfTimeCase,
-    Constant,
     cdiv,
     on_own_device,
     with_unit_last_stride,
 )
-from warploom.triton_kernels.common.numerics import cast, dot
-
-_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+from warploom.triton_kernels.common.numerics import cast
 
 
-@triton.jit
-def _attend(
-    b_q,  # [BLOCK_M, BLOCK_D]
-    p_k,  # [BLOCK_D, BLOCK_N] pointers to the tile of key 0
-    p_v,  # [BLOCK_N, BLOCK_DV] pointers to the tile of key 0
-    b_max,  # [BLOCK_M], of the scores times log2(e), so far
-    b_sum,  # [BLOCK_M]
-    b_out,  # [BLOCK_M, BLOCK_DV]
-    last_seen,  # [BLOCK_M] the last key that each query sees
-    start,
-    end,
-    Sk,
-    k_stride_s,
-    v_stride_s,
-    scale_log2,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Takes the keys [start, end) into the running maximum, sum and weighted values.
-
-    Without MASKED every key of every tile is there and is seen by every query.
-    """
-    features = tl.arange(0, BLOCK_D)[:, None]
-    value_features = tl.arange(0, BLOCK_DV)[None, :]
-    for first in range(start, end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        # [BLOCK_D, BLOCK_N]
-        k_offset = tl.cast(first, tl.int64) * k_stride_s
-        b_k = tl.load(p_k + k_offset, mask=(features < D) & (keys < Sk)[None, :], other=0.0)
-        # [BLOCK_M, BLOCK_N]
-        b_score = dot(b_q, b_k) * scale_log2
-        if MASKED:
-            # Keys beyond Sk are within reach only of queries beyond Sq, which nobody stores.
-            seen = keys[None, :] <= last_seen[:, None]
-            b_score = tl.where(seen, b_score, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
-        b_shift = b_new_max
-        if MASKED:
-            # A query that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN.
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_score - b_shift[:, None])
-        b_rescale = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
-        # [BLOCK_N, BLOCK_DV]
-        v_offset = tl.cast(first, tl.int64) * v_stride_s
-        b_v = tl.load(p_v + v_offset, mask=(keys < Sk)[:, None] & (value_features < DV), other=0.0)
-        b_out = dot(cast(b_p, b_v.dtype), b_v, b_out * b_rescale[:, None])
-        b_max = b_new_max
-    return b_max, b_sum, b_out
-
-
-@triton.jit(do_not_specialize=["H", "Sq", "Sk"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_kernel(
-    q_ptr,  # [B, Sq, H, D], strides q_stride_{b,s,h}, 1
-    k_ptr,  # [B, Sk, H / GROUP, D], strides k_stride_{b,s,h}, 1
-    v_ptr,  # [B, Sk, H / GROUP, DV], strides v_stride_{b,s,h}, 1
-    out_ptr,  # [B, Sq, H, DV], contiguous
-    lse_ptr,  # [B, H, Sq] float32, contiguous
+    q_ptr,  # [B, Sq, H, D], strides q_stride_{b,s,h}, 1; packed [Tq, H, D] with q_stride_b 0
+    k_ptr,  # [B, Sk, H / GROUP, D], packed [Tk, ..], or pages [num_blocks, PAGE_SIZE, ..]
+    v_ptr,  # [.., H / GROUP, DV], else as k
+    out_ptr,  # [B, Sq, H, DV] or [Tq, H, DV], strides out_stride_{b,s,h}, 1
+    lse_ptr,  # [B, H, Sq] or [H, Tq] float32, strides lse_stride_{b,h}, 1
+    bias_ptr,  # [B, H, Sq, Sk], strides bias_stride_{b,h,q,k}; or None
+    alibi_ptr,  # [B, H] float32, contiguous; or None
+    sinks_ptr,  # [H] float32; or None
+    padding_ptr,  # [B, Sk] bytes, contiguous, not 0 where the key is hidden; or None
+    cu_seqlens_q_ptr,  # [B + 1] int32; or None: dense
+    cu_seqlens_k_ptr,  # [B + 1] int32; or None: dense
+    block_table_ptr,  # [B, max_blocks] int32, row stride block_table_stride; or None: no pages
+    seed_ptr,  # [1] int64; or None: no dropout
     H,
-    Sq,
+    Sq,  # packed: no sequence is longer
     Sk,
     q_stride_b,
     q_stride_s,
     q_stride_h,
-    k_stride_b,
+    k_stride_b,  # with pages: of blocks
     k_stride_s,
     k_stride_h,
     v_stride_b,
     v_stride_s,
     v_stride_h,
-    scale_log2,  # softmax_scale * log2(e)
+    out_stride_b,
+    out_stride_s,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_h,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    block_table_stride,
+    window_left,
+    window_right,
+    dropout_threshold,
+    keep_scale,  # 1 / (1 - dropout_p)
+    score_scale,  # softmax_scale log2(e); with SOFTCAP softmax_scale / softcap
+    softcap_log2,  # softcap log2(e)
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """out = softmax(softmax_scale * q k^T) v and lse = log(sum(exp(softmax_scale * q k^T))).
+    """out = dropout(softmax(scores)) v and lse = log(exp(sink) + sum(exp(scores))).
 
     Grid: [B * H * cdiv(Sq, BLOCK_M)]: query tiles fastest, the last one (causally the longest)
     first, so that programs that run together read the same keys.
     """
     query_tiles = tl.cdiv(Sq, BLOCK_M)
-    i_m = query_tiles - 1 - tl.program_id(0) % query_tiles
+    first_row = (query_tiles - 1 - tl.program_id(0) % query_tiles) * BLOCK_M
     i_bh = tl.program_id(0) // query_tiles
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
     i_kv = i_h // GROUP
+    q_start, k_start, Sq, Sk = sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, i_b, Sq, Sk)
+    if first_row >= Sq:
+        return
 
-    rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    wide_rows = rows.to(tl.int64)
-    keys = tl.arange(0, BLOCK_N).to(tl.int64)
-    features = tl.arange(0, BLOCK_D)
-    value_features = tl.arange(0, BLOCK_DV)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    wide_rows = (q_start + rows)[:, None]
+    features = tl.arange(0, BLOCK_D)[None, :]
+    value_features = tl.arange(0, BLOCK_DV)[None, :]
     row_mask = rows < Sq
     # [BLOCK_M, BLOCK_D]
-    p_q = q_ptr + i_b * q_stride_b + i_h * q_stride_h
-    p_q = p_q + wide_rows[:, None] * q_stride_s + features[None, :]
-    b_q = tl.load(p_q, mask=row_mask[:, None] & (features < D)[None, :], other=0.0)
-    # [BLOCK_D, BLOCK_N]
-    p_k = k_ptr + i_b * k_stride_b + i_kv * k_stride_h
-    p_k = p_k + keys[None, :] * k_stride_s + features[:, None]
-    # [BLOCK_N, BLOCK_DV]
-    p_v = v_ptr + i_b * v_stride_b + i_kv * v_stride_h
-    p_v = p_v + keys[:, None] * v_stride_s + value_features[None, :]
+    p_q = q_ptr + i_b * q_stride_b + i_h * q_stride_h + wide_rows * q_stride_s + features
+    b_q = tl.load(p_q, mask=row_mask[:, None] & (features < D), other=0.0)
 
-    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_out = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    if CAUSAL:
-        # Query i sees the keys j <= i + Sk - Sq. The tile's first query sees the fewest.
-        last_seen = rows + (Sk - Sq)
-        seen_by_all = tl.minimum(tl.maximum(i_m * BLOCK_M + Sk - Sq + 1, 0), Sk)
-        end = tl.minimum(tl.maximum((i_m + 1) * BLOCK_M + Sk - Sq, 0), Sk)
-    else:
-        last_seen = rows * 0 + (Sk - 1)
-        seen_by_all = Sk
-        end = Sk
-    whole = seen_by_all // BLOCK_N * BLOCK_N
-    b_max, b_sum, b_out = _attend(
-        b_q, p_k, p_v, b_max, b_sum, b_out, last_seen, 0, whole, Sk, k_stride_s, v_stride_s,
-        scale_log2, D, DV, False, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    b_max, b_sum, b_out = _attend(
-        b_q, p_k, p_v, b_max, b_sum, b_out, last_seen, whole, end, Sk, k_stride_s, v_stride_s,
-        scale_log2, D, DV, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+    k_head = k_ptr + i_kv * k_stride_h
+    v_head = v_ptr + i_kv * v_stride_h
+    if block_table_ptr is None:
+        k_head += i_b * k_stride_b + k_start * k_stride_s
+        v_head += i_b * v_stride_b + k_start * v_stride_s
+    key_strides = (k_stride_s, v_stride_s, k_stride_b, v_stride_b)
+    pages = (block_table_ptr, i_b * block_table_stride)
+    sizes = (Sq, Sk)
+    window = (window_left, window_right)
+    bias_offset = i_b * bias_stride_b + i_h * bias_stride_h
+    bias = (bias_ptr, bias_offset, bias_stride_q, bias_stride_k)
+    alibi = (alibi_ptr, i_bh)
+    padding = (padding_ptr, i_b * Sk)
+    dropout = (seed_ptr, i_bh, dropout_threshold)
+    b_sink = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    if sinks_ptr is not None:
+        b_sink = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(sinks_ptr + i_h) * LOG2_E
+
+    state = initial_state(b_sink, BLOCK_M, BLOCK_DV)
+    start, whole_start, whole_end, end = key_range(first_row, sizes, window, LEFT, BLOCK_M, BLOCK_N)
+    # A bias may hide keys too, by -inf.
+    HIDDEN: tl.constexpr = bias_ptr is not None or padding_ptr is not None
+    if HIDDEN:
+        whole_end = whole_start
+    if LEFT:
+        state = attend(
+            state, b_q, k_head, v_head, key_strides, pages, rows, first_row,
+            start, tl.minimum(whole_start, end), sizes, window, bias, alibi, padding, dropout,
+            score_scale, softcap_log2, D, DV, PAGE_SIZE, LEFT, SOFTCAP, True,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if not HIDDEN:
+        state = attend(
+            state, b_q, k_head, v_head, key_strides, pages, rows, first_row,
+            whole_start, whole_end, sizes, window, bias, alibi, padding, dropout,
+            score_scale, softcap_log2, D, DV, PAGE_SIZE, LEFT, SOFTCAP, False,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    state = attend(
+        state, b_q, k_head, v_head, key_strides, pages, rows, first_row,
+        whole_end, end, sizes, window, bias, alibi, padding, dropout,
+        score_scale, softcap_log2, D, DV, PAGE_SIZE, LEFT, SOFTCAP, True,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
-    # A query without keys has the sum 0: its out is 0 and its lse is -inf.
-    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * _LN_2)
-    b_out = cast(b_out / b_divisor[:, None], out_ptr.dtype.element_ty)
-    p_out = out_ptr + ((i_b * Sq + wide_rows[:, None]) * H + i_h) * DV + value_features[None, :]
-    tl.store(p_out, b_out, mask=row_mask[:, None] & (value_features < DV)[None, :])
-    tl.store(lse_ptr + i_bh.to(tl.int64) * Sq + wide_rows, b_lse, mask=row_mask)
+    b_out, b_lse = finish(state)
+    p_out = out_ptr + i_b * out_stride_b + i_h * out_stride_h + wide_rows * out_stride_s
+    b_out = cast(b_out * keep_scale, out_ptr.dtype.element_ty)
+    tl.store(p_out + value_features, b_out, mask=row_mask[:, None] & (value_features < DV))
+    p_lse = lse_ptr + i_b * lse_stride_b + i_h * lse_stride_h + q_start + rows
+    tl.store(p_lse, b_lse * LN_2, mask=row_mask)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Launch:
+    packed = cu_seqlens_q is not None
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    (heads, d), dv = q.shape[-2:], v.shape[-1]
+    plain = is_plain(
+        window_left, softcap, bias, alibi_slopes, key_padding_mask, cu_seqlens_q, dropout_seed
+    )
+    tile = forward_tile(q.dtype, d, dv, plain)
+    scores, switches = score_arguments(
+        alibi_slopes, softmax_scale, window_left, window_right, softcap
+    )
+    paged = block_table is not None
+    arguments = {
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse},
+        "sinks_ptr": None if sinks is None else sinks.contiguous(),
+        "block_table_ptr": None if block_table is None else block_table.contiguous(),
+        "block_table_stride": 0 if block_table is None else block_table.shape[1],
+        **head_strides("q", q, packed),
+        **head_strides("k", k, packed and not paged),
+        **head_strides("v", v, packed and not paged),
+        **head_strides("out", out, packed),
+        **sequence_arguments(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        **scores,
+        **dense_arguments(bias, key_padding_mask, dropout_seed, dropout_p),
+    }
+    constants = {
+        **block_constants(tile, d, dv, heads // k.shape[-2]),
+        **switches,
+        "PAGE_SIZE": k.shape[1] if paged else 1,
+    }
+    grid = (batch * heads * cdiv(max_seqlen_q, tile.queries),)
+    return Launch(_attention_kernel, grid, arguments, constants, tile.num_warps, tile.num_stages)
 
 
 @on_own_device
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> (out [B, Sq, H, Dv] like q and
-    contiguous, lse [B, H, Sq] float32)."""
+    """(out, lse) of the op `attention`, whose reference says what the arguments are."""
     q, k, v = (with_unit_last_stride(tensor) for tensor in (q, k, v))
-    b, sq, h, d = q.shape
-    _, sk, kv_heads, dv = v.shape
-    out = torch.empty((b, sq, h, dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, h, sq), dtype=torch.float32, device=q.device)
-    if lse.numel() == 0:
-        return out, lse
-    tile = forward_tile(q.dtype, d, dv)
-    _attention_kernel[(b * h * cdiv(sq, tile.queries),)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        h,
-        sq,
-        sk,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        softmax_scale * LOG2_E,
-        GROUP=h // kv_heads,
-        D=d,
-        DV=dv,
-        CAUSAL=causal,
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
-        BLOCK_D=padded_head_dim(d),
-        BLOCK_DV=padded_head_dim(dv),
-        num_warps=tile.num_warps,
-        **COMPILE_OPTIONS,
-        num_stages=tile.num_stages,
-    )
+    *rows, heads, _ = q.shape
+    out = torch.empty((*rows, heads, v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse_shape = (*rows[:-1], heads, rows[-1])
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is not None:
+        # Rows that belong to no sequence.
+        out.zero_()
+        lse.fill_(float("-inf"))
+    launch = _launch(
+        q, k, v, out, lse, bias, alibi_slopes, sinks, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
+        block_table, dropout_seed, softmax_scale, window_left, window_right, softcap, dropout_p,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
+    if lse.numel() > 0 and launch.grid[0] > 0:
+        launch.run()
     return out, lse
 
 
@@ -217,36 +262,19 @@ def why_not(*args: object) -> list[str]:
 
 def aot_cases() -> list[AheadOfTimeCase]:
     cases = []
-    for dtype, d, dv, causal in (
-        (torch.bfloat16, 64, 64, True),
-        (torch.bfloat16, 128, 128, True),
-        (torch.bfloat16, 128, 128, False),
-        (torch.float16, 192, 128, True),
-        (torch.bfloat16, 256, 256, True),
-        (torch.float32, 64, 64, True),
-        (torch.float32, 128, 128, True),
-        (torch.float32, 256, 256, False),
+    for dtype, d, dv, *features in (
+        (torch.bfloat16, 64, 64),
+        (torch.bfloat16, 128, 128),
+        (torch.float16, 192, 128),
+        (torch.bfloat16, 256, 256),
+        (torch.float32, 256, 256),
+        (torch.bfloat16, 64, 64, "alibi", "dropout"),
+        (torch.bfloat16, 128, 128, "packed", "window", "sinks"),
+        (torch.bfloat16, 128, 128, "pages", "softcap"),
+        (torch.bfloat16, 128, 128, "bias", "alibi", "padding", "dropout"),
+        (torch.bfloat16, 256, 256, "window", "softcap"),
     ):
-        tile = forward_tile(dtype, d, dv)
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        arguments: dict[str, Constant | str] = {
-            f"{name}_ptr": f"*{short}:16" for name in ("q", "k", "v", "out")
-        }
-        arguments |= {"lse_ptr": "*fp32:16", "H": "i32", "Sq": "i32", "Sk": "i32"}
-        arguments |= {f"{name}_stride_{of}": "i32:16" for name in ("q", "k", "v") for of in "bsh"}
-        arguments |= {
-            "scale_log2": "fp32",
-            "GROUP": Constant(4),
-            "D": Constant(d),
-            "DV": Constant(dv),
-            "CAUSAL": Constant(causal),
-            "BLOCK_M": Constant(tile.queries),
-            "BLOCK_N": Constant(tile.keys),
-            "BLOCK_D": Constant(padded_head_dim(d)),
-            "BLOCK_DV": Constant(padded_head_dim(dv)),
-        }
-        name = f"{short} D={d} Dv={dv} {'causal' if causal else 'full'}"
-        cases.append(
-            AheadOfTimeCase(name, _attention_kernel, arguments, tile.num_warps, tile.num_stages)
-        )
+        name, (q, k, v, out), options = example(dtype, d, dv, *features)
+        lse = torch.empty((2, 8, 1024), dtype=torch.float32, device="meta")
+        cases.append(_launch(q, k, v, out, lse, **options).ahead_of_time(name))
     return cases

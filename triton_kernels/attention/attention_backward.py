@@ -1,6 +1,6 @@
 """Attention backward (FlashAttention-2, Dao 2023, algorithm 2), deterministic.
 
-Two kernels recompute P = exp(softmax_scale * q k^T - lse) tile by tile: one owns a tile of keys and
+Two kernels recompute P = exp(score - lse) tile by tile: one owns a tile of keys and
 sums over the queries of every head in the group, the other owns a tile of queries and sums over the
 keys. Each sum has a fixed order and nothing is added across programs.
 """
@@ -10,20 +10,25 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from warploom.triton_kernels.attention.arguments import (
+    Launch,
+    block_constants,
+    dense_arguments,
+    example,
+    head_strides,
+    is_plain,
+    score_arguments,
+    sequence_arguments,
+)
 from warploom.triton_kernels.attention.key_gradients import key_gradients_kernel
 from warploom.triton_kernels.attention.query_gradients import query_gradients_kernel
 from warploom.triton_kernels.attention.tiles import (
-    LOG2_E,
-    AttentionTile,
     key_gradients_tile,
-    padded_head_dim,
     query_gradients_tile,
     why_not_attention,
 )
 from warploom.triton_kernels.common.launch import (
-    COMPILE_OPTIONS,
     AheadOfTimeCase,
-    Constant,
     cdiv,
     next_power_of_2,
     on_own_device,
@@ -37,7 +42,7 @@ _DELTA_WARPS = 4
 
 @triton.jit(do_not_specialize=["M", "H", "Sq"])
 def _delta_kernel(
-    grad_out_ptr,  # [B, Sq, H, DV], strides grad_out_stride_{b,s,h}, 1
+    grad_out_ptr,  # [B, Sq, H, DV], strides grad_out_stride_{b,s,h}, 1; packed: B is 1, Sq is Tq
     out_ptr,  # [B, Sq, H, DV], strides out_stride_{b,s,h}, 1
     grad_lse_ptr,  # [B, H, Sq], contiguous, or None
     delta_ptr,  # [B, H, Sq] float32, contiguous
@@ -77,44 +82,100 @@ def _delta_kernel(
     tl.store(delta_ptr + rows, b_delta, mask=rows < M)
 
 
-def _delta(
-    grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None
-) -> torch.Tensor:
-    """sum(grad_out * out) - grad_lse as [B, H, Sq] float32."""
-    b, sq, h, dv = out.shape
-    delta = torch.empty((b, h, sq), dtype=torch.float32, device=out.device)
-    _delta_kernel[(cdiv(delta.numel(), _DELTA_ROWS),)](
-        grad_out,
-        out,
-        None if grad_lse is None else grad_lse.contiguous(),
-        delta,
-        delta.numel(),
-        h,
-        sq,
-        *grad_out.stride()[:3],
-        *out.stride()[:3],
-        DV=dv,
-        BLOCK_M=_DELTA_ROWS,
-        BLOCK_DV=next_power_of_2(dv),
-        num_warps=_DELTA_WARPS,
-        **COMPILE_OPTIONS,
-    )
-    return delta
-
-
-def _constants(
-    tile: AttentionTile, group: int, d: int, dv: int, causal: bool
-) -> dict[str, int | bool]:
-    return {
-        "GROUP": group,
-        "D": d,
-        "DV": dv,
-        "CAUSAL": causal,
-        "BLOCK_M": tile.queries,
-        "BLOCK_N": tile.keys,
-        "BLOCK_D": padded_head_dim(d),
-        "BLOCK_DV": padded_head_dim(dv),
+def _delta_launch(
+    delta: torch.Tensor,
+    grad_out: torch.Tensor,
+    out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+) -> Launch:
+    *batch, rows, heads, dv = out.shape
+    arguments = {
+        **{"grad_out_ptr": grad_out, "out_ptr": out, "delta_ptr": delta},
+        "grad_lse_ptr": None if grad_lse is None else grad_lse.contiguous(),
+        **{"M": delta.numel(), "H": heads, "Sq": rows},
+        **head_strides("grad_out", grad_out, packed=not batch),
+        **head_strides("out", out, packed=not batch),
     }
+    constants = {"DV": dv, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": next_power_of_2(dv)}
+    grid = (cdiv(delta.numel(), _DELTA_ROWS),)
+    return Launch(_delta_kernel, grid, arguments, constants, _DELTA_WARPS)
+
+
+def _launches(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_bias: torch.Tensor | None,
+    grad_distance: torch.Tensor | None,
+    delta: torch.Tensor,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[Launch, Launch]:
+    """The kernel of dK and dV and that of dQ, in this order."""
+    packed = cu_seqlens_q is not None
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    (heads, d), (kv_heads, dv) = q.shape[-2:], v.shape[-2:]
+    scores, switches = score_arguments(
+        alibi_slopes, softmax_scale, window_left, window_right, softcap
+    )
+    grad_q, grad_k, grad_v = grads
+    shared = {
+        **{"grad_out_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v},
+        **{"lse_ptr": lse, "delta_ptr": delta, "softmax_scale": softmax_scale},
+        **head_strides("grad_out", grad_out, packed),
+        **head_strides("q", q, packed),
+        **head_strides("k", k, packed),
+        **head_strides("v", v, packed),
+        **sequence_arguments(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        **scores,
+        **dense_arguments(bias, key_padding_mask, dropout_seed, dropout_p),
+    }
+    plain = is_plain(
+        window_left, softcap, bias, alibi_slopes, key_padding_mask, cu_seqlens_q, dropout_seed
+    )
+    tile = key_gradients_tile(q.dtype, d, dv, plain)
+    of_keys = Launch(
+        key_gradients_kernel,
+        (batch * kv_heads * cdiv(max_seqlen_k, tile.keys),),
+        {
+            **shared,
+            **{"grad_k_ptr": grad_k, "grad_v_ptr": grad_v},
+            **head_strides("grad_k", grad_k, packed),
+            **head_strides("grad_v", grad_v, packed),
+        },
+        {**block_constants(tile, d, dv, heads // kv_heads), **switches},
+        tile.num_warps,
+        tile.num_stages,
+    )
+    tile = query_gradients_tile(q.dtype, d, dv, plain)
+    of_queries = Launch(
+        query_gradients_kernel,
+        (batch * heads * cdiv(max_seqlen_q, tile.queries),),
+        {
+            **shared,
+            **{"grad_q_ptr": grad_q, "grad_bias_ptr": grad_bias},
+            "grad_distance_ptr": grad_distance,
+            **head_strides("grad_q", grad_q, packed),
+        },
+        {**block_constants(tile, d, dv, heads // kv_heads), **switches},
+        tile.num_warps,
+        tile.num_stages,
+    )
+    return of_keys, of_queries
 
 
 @on_own_device
@@ -126,49 +187,49 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
-    causal: bool,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
     softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad_out, out [B, Sq, H, Dv], q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv],
-    lse, grad_lse [B, H, Sq] -> (grad_q, grad_k, grad_v) like q, k, v and contiguous."""
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    needs_bias: bool,
+    needs_distance: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the op `attention_backward`, whose reference says what the arguments are."""
     grad_out, q, k, v, out = (with_unit_last_stride(tensor) for tensor in (grad_out, q, k, v, out))
-    b, sq, h, d = q.shape
-    _, sk, kv_heads, dv = v.shape
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if min(b, sq, sk, h) == 0:
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     lse = lse.contiguous()
-    delta = _delta(grad_out, out, grad_lse)
-    inputs = (grad_out, q, k, v, lse, delta)
-    sizes = (
-        h,
-        sq,
-        sk,
-        *grad_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        softmax_scale,
-        softmax_scale * LOG2_E,
-    )
-
-    def options(tile: AttentionTile) -> dict[str, int | bool]:
-        return {
-            **_constants(tile, h // kv_heads, d, dv, causal),
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            **COMPILE_OPTIONS,
-        }
-
-    tile = key_gradients_tile(q.dtype, d, dv)
-    grid = (b * kv_heads * cdiv(sk, tile.keys),)
-    key_gradients_kernel[grid](*inputs, grad_k, grad_v, *sizes, **options(tile))
-    tile = query_gradients_tile(q.dtype, d, dv)
-    grid = (b * h * cdiv(sq, tile.queries),)
-    query_gradients_kernel[grid](*inputs, grad_q, *sizes, **options(tile))
-    return grad_q, grad_k, grad_v
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    bias_shape = (*lse.shape, k.shape[1]) if needs_bias else (0,)
+    grad_bias = torch.empty(bias_shape, dtype=q.dtype, device=q.device)
+    distance_shape = tuple(lse.shape) if needs_distance else (0,)
+    grad_distance = torch.empty(distance_shape, dtype=torch.float32, device=q.device)
+    # Tiles that no query sees are skipped.
+    grad_bias.zero_()
+    delta = torch.empty(tuple(lse.shape), dtype=torch.float32, device=q.device)
+    launches = _launches(
+        grads, grad_bias if needs_bias else None, grad_distance if needs_distance else None, delta,
+        grad_out, q, k, v, lse, bias, alibi_slopes, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
+        dropout_seed, softmax_scale, window_left, window_right, softcap, dropout_p, max_seqlen_q,
+        max_seqlen_k,
+    )  # fmt: skip
+    nothing = min(q.numel(), k.numel(), *(launch.grid[0] for launch in launches)) == 0
+    if nothing or cu_seqlens_q is not None:
+        # Rows that belong to no sequence.
+        for grad in (*grads, grad_distance):
+            grad.zero_()
+    if not nothing:
+        _delta_launch(delta, grad_out, out, grad_lse).run()
+        for launch in launches:
+            launch.run()
+    return (*grads, grad_bias, grad_distance)
 
 
 def why_not(*args: object) -> list[str]:
@@ -178,47 +239,23 @@ def why_not(*args: object) -> list[str]:
 
 def aot_cases() -> list[AheadOfTimeCase]:
     cases = []
-    for dtype, d, dv, causal in (
-        (torch.bfloat16, 64, 64, True),
-        (torch.bfloat16, 128, 128, True),
-        (torch.float16, 192, 128, False),
-        (torch.bfloat16, 256, 256, True),
-        (torch.float32, 128, 128, True),
-        (torch.float32, 256, 256, False),
+    for dtype, d, dv, *features in (
+        (torch.bfloat16, 64, 64),
+        (torch.bfloat16, 128, 128),
+        (torch.float16, 192, 128),
+        (torch.float32, 256, 256),
+        (torch.bfloat16, 64, 64, "alibi", "dropout"),
+        (torch.bfloat16, 128, 128, "packed", "window", "softcap"),
+        (torch.bfloat16, 128, 128, "bias", "alibi", "padding", "dropout"),
+        (torch.bfloat16, 256, 256, "window", "softcap"),
     ):
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        pointer = f"*{short}:16"
-        shared: dict[str, Constant | str] = {
-            **{f"{name}_ptr": pointer for name in ("grad_out", "q", "k", "v")},
-            **{
-                "lse_ptr": "*fp32:16",
-                "delta_ptr": "*fp32:16",
-                "scale": "fp32",
-                "scale_log2": "fp32",
-            },
-            **{"H": "i32", "Sq": "i32", "Sk": "i32"},
-            **{f"{x}_stride_{of}": "i32:16" for x in ("grad_out", "q", "k", "v") for of in "bsh"},
-        }
-        keys = shared | {"grad_k_ptr": pointer, "grad_v_ptr": pointer}
-        queries = shared | {"grad_q_ptr": pointer}
-        name = f"{short} D={d} Dv={dv} {'causal' if causal else 'full'}"
-        for kernel, arguments, tile in (
-            (key_gradients_kernel, keys, key_gradients_tile(dtype, d, dv)),
-            (query_gradients_kernel, queries, query_gradients_tile(dtype, d, dv)),
-        ):
-            constants = _constants(tile, 4, d, dv, causal)
-            arguments = arguments | {key: Constant(value) for key, value in constants.items()}
-            cases.append(AheadOfTimeCase(name, kernel, arguments, tile.num_warps, tile.num_stages))
-    delta: dict[str, Constant | str] = {
-        "grad_out_ptr": "*bf16:16",
-        "out_ptr": "*bf16:16",
-        "grad_lse_ptr": "*fp32:16",
-        "delta_ptr": "*fp32:16",
-        **{"M": "i32", "H": "i32", "Sq": "i32"},
-        **{f"{name}_stride_{of}": "i32:16" for name in ("grad_out", "out") for of in "bsh"},
-        "DV": Constant(128),
-        "BLOCK_M": Constant(_DELTA_ROWS),
-        "BLOCK_DV": Constant(128),
-    }
-    cases.append(AheadOfTimeCase("bf16 Dv=128", _delta_kernel, delta, _DELTA_WARPS))
+        name, (q, k, v, out), options = example(dtype, d, dv, *features)
+        lse = torch.empty((2, 8, 1024), dtype=torch.float32, device="meta")
+        unused = ("sinks", "block_table")
+        options = {key: value for key, value in options.items() if key not in unused}
+        grad_distance = lse if "alibi" in features else None
+        grads = ((q, k, v), options["bias"], grad_distance, lse)
+        for launch in _launches(*grads, out, q, k, v, lse, **options):
+            cases.append(launch.ahead_of_time(name))
+    cases.append(_delta_launch(lse, out, out, lse).ahead_of_time("bf16 Dv=256"))
     return cases

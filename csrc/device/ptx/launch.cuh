@@ -77,4 +77,20 @@ void launch(void (*kernel)(Params), const LaunchShape& shape, Stream stream, con
         function, typeid(Params), shape);
 }
 
+// Of the current device; launchers may ask while a graph is captured.
+inline int multiprocessor_count() {
+    int device = 0;
+    int count = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        throw std::runtime_error(std::string("counting the multiprocessors failed: ") +
+                                 cudaGetErrorString(error));
+    }
+    return count;
+}
+
 }  // namespace warploom::device

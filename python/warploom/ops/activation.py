@@ -30,6 +30,7 @@ _gated_activation_op = define(
     fake=lambda gate, up, activation: _dense(gate),
     triton="activation.gated_activation:gated_activation",
     why_not={"triton": _triton_why_not},
+    sharding=("..., ... -> ...",),
 )
 _gated_activation_backward_op = define(
     "gated_activation_backward",
@@ -38,13 +39,14 @@ _gated_activation_backward_op = define(
     fake=lambda grad_out, gate, up, activation: (_dense(gate), _dense(up)),
     triton="activation.gated_activation:gated_activation_backward",
     why_not={"triton": _triton_why_not},
+    sharding=("..., ..., ... -> ..., ...",),
 )
 
 _gated_activation = Differentiable(
     _gated_activation_op,
     _gated_activation_backward_op,
     save=lambda args, outputs: (args[0], args[1]),
-    backward=lambda overload, saved, scalars, grads: overload(grads[0], *saved, *scalars),
+    backward=lambda overload, saved, scalars, grads, needs: overload(grads[0], *saved, *scalars),
 )
 
 

@@ -57,6 +57,7 @@ _rms_norm_op = define(
     fake=lambda x, weight, eps: (_dense(x), _statistics(x)),
     triton="norm.rms_norm:rms_norm",
     why_not={"triton": _triton_rms_norm},
+    sharding=("... n, n -> ... n, ...",),
 )
 _add_rms_norm_op = define(
     "add_rms_norm",
@@ -65,6 +66,7 @@ _add_rms_norm_op = define(
     fake=lambda x, residual, weight, eps: (_dense(x), _dense(x), _statistics(x)),
     triton="norm.rms_norm:add_rms_norm",
     why_not={"triton": _triton_rms_norm},
+    sharding=("... n, ... n, n -> ... n, ... n, ...",),
 )
 _rms_norm_backward_op = define(
     "rms_norm_backward",
@@ -74,6 +76,7 @@ _rms_norm_backward_op = define(
     fake=lambda grad_out, x, weight, rstd, grad_sum: (_dense(x), torch.empty_like(weight)),
     triton="norm.rms_norm:rms_norm_backward",
     why_not={"triton": _triton_rms_norm},
+    sharding=("... n, ... n, n, ..., ... n -> ... n, n",),
 )
 _layer_norm_op = define(
     "layer_norm",
@@ -82,6 +85,7 @@ _layer_norm_op = define(
     fake=lambda x, weight, bias, eps: (_dense(x), _statistics(x), _statistics(x)),
     triton="norm.layer_norm:layer_norm",
     why_not={"triton": _triton_layer_norm},
+    sharding=("... n, n, n -> ... n, ..., ...",),
 )
 _layer_norm_backward_op = define(
     "layer_norm_backward",
@@ -95,6 +99,7 @@ _layer_norm_backward_op = define(
     ),
     triton="norm.layer_norm:layer_norm_backward",
     why_not={"triton": _triton_layer_norm},
+    sharding=("... n, ... n, n, ..., ... -> ... n, n, n",),
 )
 
 
@@ -105,6 +110,7 @@ _l2_norm_op = define(
     fake=lambda x, eps: (_dense(x), _statistics(x)),
     triton="norm.l2_norm:l2_norm",
     why_not={"triton": _triton_l2_norm},
+    sharding=("... n -> ... n, ...",),
 )
 _l2_norm_backward_op = define(
     "l2_norm_backward",
@@ -113,16 +119,21 @@ _l2_norm_backward_op = define(
     fake=lambda grad_out, x, rnorm: _dense(x),
     triton="norm.l2_norm:l2_norm_backward",
     why_not={"triton": _triton_l2_norm},
+    sharding=("... n, ... n, ... -> ... n",),
 )
 
 
-def _rms_norm_grads(overload: Any, saved: Any, scalars: Any, grads: Any) -> tuple[Tensor, ...]:
+def _rms_norm_grads(
+    overload: Any, saved: Any, scalars: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
     x, weight, rstd = saved
     grad_x, grad_weight = overload(grads[0], x, weight, rstd, None)
     return grad_x, grad_weight
 
 
-def _add_rms_norm_grads(overload: Any, saved: Any, scalars: Any, grads: Any) -> tuple[Tensor, ...]:
+def _add_rms_norm_grads(
+    overload: Any, saved: Any, scalars: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
     total, weight, rstd = saved
     grad_out, grad_sum, _ = grads
     if grad_out is None:
@@ -131,7 +142,9 @@ def _add_rms_norm_grads(overload: Any, saved: Any, scalars: Any, grads: Any) -> 
     return grad_x, grad_x, grad_weight
 
 
-def _layer_norm_grads(overload: Any, saved: Any, scalars: Any, grads: Any) -> tuple[Tensor, ...]:
+def _layer_norm_grads(
+    overload: Any, saved: Any, scalars: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
     x, weight, mean, rstd = saved
     grad_x, grad_weight, grad_bias = overload(grads[0], x, weight, mean, rstd)
     return grad_x, grad_weight, grad_bias
@@ -164,7 +177,7 @@ _l2_norm = Differentiable(
     _l2_norm_op,
     _l2_norm_backward_op,
     save=lambda args, outputs: (args[0], outputs[1]),
-    backward=lambda overload, saved, scalars, grads: (overload(grads[0], *saved),),
+    backward=lambda overload, saved, scalars, grads, needs: (overload(grads[0], *saved),),
     constants=(1,),
 )
 
@@ -181,7 +194,7 @@ def _parameter(op: str, name: str, value: Tensor | None, x: Tensor, fill: float)
     """The parameter `value` [N] in x's dtype or float32, or a constant one in its place."""
     columns = x.shape[-1]
     if value is None:
-        return torch.full((columns,), fill, dtype=x.dtype, device=x.device)
+        return x.new_full((columns,), fill)
     check_tensor(op, name, value)
     if value.dtype not in (x.dtype, torch.float32):
         raise TypeError(

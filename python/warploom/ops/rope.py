@@ -35,10 +35,16 @@ _apply_rotary_op = define(
     ),
     triton="rope.rotary:apply_rotary",
     why_not={"triton": _triton_why_not},
+    sharding=(
+        "B s H d, p r, p r, - -> B s H d",
+        "B S H d, p r, p r, B S -> B S H d",
+    ),
 )
 
 
-def _grads(overload: Any, saved: Any, scalars: Any, grads: Any) -> tuple[Tensor | None, ...]:
+def _grads(
+    overload: Any, saved: Any, scalars: Any, grads: Any, needs: Any
+) -> tuple[Tensor | None, ...]:
     """The transpose of a rotation is the rotation the other way."""
     cos, sin, positions = saved
     interleaved, conjugate = scalars[-2:]

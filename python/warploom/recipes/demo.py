@@ -13,7 +13,8 @@ import torch
 
 from warploom.recipes._extras import make_console, require
 from warploom.recipes.generate import generate_text
-from warploom.recipes.op_table import CASES, measure, print_results, write_results
+from warploom.recipes.op_cases import CASES
+from warploom.recipes.op_table import measure, print_results, write_results
 from warploom.recipes.pretrain import PretrainConfig, pretrain
 
 PROMPT = "Return the"

@@ -14,7 +14,8 @@ import warploom
 from warploom import _backends
 from warploom._library import OPS
 from warploom.recipes._extras import make_console, require
-from warploom.recipes.op_table import CASES, OpCase, chosen_backends
+from warploom.recipes.op_cases import CASES, OpCase
+from warploom.recipes.op_table import chosen_backends
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors")
 

@@ -1,0 +1,24 @@
+// How wide the copies from a tensor may be, for launchers.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace warploom::attention {
+
+// The largest of 16, 8, 4, ... bytes that divides the address of every row and the row's length.
+// The stride of a dimension of size 1 does not matter.
+inline int copy_bytes(const void* tensor, const HeadStrides& strides, int batch, int length,
+                      int heads, int columns, int element_bytes) {
+    const auto bytes = [&](std::int64_t elements) {
+        return static_cast<std::uint64_t>(elements) * static_cast<std::uint64_t>(element_bytes);
+    };
+    std::uint64_t bits = reinterpret_cast<std::uintptr_t>(tensor) | bytes(columns) | 16;
+    bits |= batch > 1 ? bytes(strides.batch) : 0;
+    bits |= length > 1 ? bytes(strides.sequence) : 0;
+    bits |= heads > 1 ? bytes(strides.head) : 0;
+    return static_cast<int>(bits & (~bits + 1));
+}
+
+}  // namespace warploom::attention

@@ -1,0 +1,279 @@
+"""Representative inputs of every op, and what plain PyTorch makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from warploom._library import OPS
+from warploom.ops.activation import geglu, swiglu
+from warploom.ops.attention import attention, attention_decode, merge_attention
+from warploom.ops.norm import l2_norm, layer_norm, rms_norm
+from warploom.ops.rope import apply_rotary
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op with representative inputs.
+
+    ``make(size, dtype)`` gives the arguments of the op's schema, where ``size`` is a number of
+    tokens; ``call`` (the public function) and ``eager`` (plain PyTorch) take them too. The first
+    ``inputs`` of them get gradients; 0 of an op that has none.
+    """
+
+    name: str
+    op: str
+    shape: str
+    make: Callable[[int, torch.dtype], Arguments]
+    call: Callable[..., Any]
+    eager: Callable[..., Any]
+    inputs: int
+
+
+_WIDTH = 2048
+_HEADS, _KEY_VALUE_HEADS, _HEAD_DIM = 16, 4, 64
+
+
+def _rows(size: int, dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.randn(size, _WIDTH).to(dtype) for _ in range(count)]
+
+
+def _rotary_arguments(size: int, dtype: torch.dtype, interleaved: bool) -> Arguments:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = torch.rand(size, _HEAD_DIM // 2, dtype=wide) * 6.28
+    x = torch.randn(1, size, _HEADS, _HEAD_DIM).to(dtype)
+    return x, angles.cos(), angles.sin(), None, interleaved, False
+
+
+def _attention_arguments(size: int, dtype: torch.dtype, sinks: bool) -> Arguments:
+    q = torch.randn(1, size, _HEADS, _HEAD_DIM).to(dtype)
+    k, v = (torch.randn(1, size, _KEY_VALUE_HEADS, _HEAD_DIM).to(dtype) for _ in range(2))
+    logits = torch.randn(_HEADS, dtype=_statistics_dtype(dtype)) if sinks else None
+    tensors = (None, None, logits, None, None, None, None, None)
+    return q, k, v, *tensors, _HEAD_DIM**-0.5, -1, 0, 0.0, 0.0, size, size
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _cache(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Key and value caches of four sequences of `size` tokens, and their lengths."""
+    shape = (4, size, _KEY_VALUE_HEADS, _HEAD_DIM)
+    k, v = (torch.randn(shape).to(dtype) for _ in range(2))
+    return k, v, torch.full((4,), size, dtype=torch.int32)
+
+
+def _decode_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    q = torch.randn(4, 1, _HEADS, _HEAD_DIM).to(dtype)
+    return q, *_cache(size, dtype), None, None, None, _HEAD_DIM**-0.5, -1, 0, 0.0, 0, 0
+
+
+def _append_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    k_cache, v_cache, lengths = _cache(size, dtype)
+    k, v = (torch.randn(4, 1, _KEY_VALUE_HEADS, _HEAD_DIM).to(dtype) for _ in range(2))
+    return k, v, k_cache, v_cache, lengths - 1, None, None, None, False
+
+
+def _merge_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    def part() -> tuple[Tensor, Tensor]:
+        out = torch.randn(1, size, _HEADS, _HEAD_DIM).to(dtype)
+        return out, torch.randn(1, _HEADS, size, dtype=_statistics_dtype(dtype))
+
+    return *part(), *part()
+
+
+def _eager_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.rms_norm(total, (_WIDTH,), weight, eps), total
+
+
+def _eager_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: None, interleaved: bool, conjugate: bool
+) -> Tensor:
+    cos, sin = (table[:, None, :].to(x.dtype) for table in (cos, sin))  # [S, 1, D/2]
+    first, second = x.view(*x.shape[:-1], -1, 2).unbind(-1) if interleaved else x.chunk(2, -1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _eager_sinks(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """As transformers has it: the sink is one more column of the scores."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    k, v = (tensor.repeat_interleave(_HEADS // _KEY_VALUE_HEADS, 1) for tensor in (k, v))
+    scores = q @ k.transpose(2, 3) * _HEAD_DIM**-0.5
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    sinks = rest[2].to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    scores = torch.cat((scores.masked_fill(hidden, float("-inf")), sinks), dim=-1)
+    return (torch.softmax(scores, dim=-1)[..., :-1] @ v).transpose(1, 2)
+
+
+def _eager_decode(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    arguments = (k, v, k_cache, v_cache, *rest)
+    op = OPS["attention_cache_append"]
+    op.overloads[op.choose(*arguments)](*arguments)
+    return k_cache, v_cache
+
+
+def _eager_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    row = torch.arange(k.shape[0], device=k.device)
+    k_cache[row, rest[0].long()], v_cache[row, rest[0].long()] = k[:, 0], v[:, 0]
+    return k_cache, v_cache
+
+
+def _eager_merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse1, lse2)
+    weights = ((part - lse).exp().transpose(1, 2).unsqueeze(-1) for part in (lse1, lse2))
+    first, second = (weight * out for weight, out in zip(weights, (out1, out2)))
+    return (first + second).to(out1.dtype), lse
+
+
+_ROWS_SHAPE = f"[S, {_WIDTH}]"
+_HEADS_SHAPE = f"[1, S, {_HEADS}, {_HEAD_DIM}]"
+
+#: One case or more for every forward op of the library.
+CASES = (
+    OpCase(
+        "rms_norm",
+        "rms_norm",
+        _ROWS_SHAPE,
+        lambda size, dtype: (*_rows(size, dtype, 1), torch.rand(_WIDTH).to(dtype) + 0.5, 1e-6),
+        lambda x, weight, eps: rms_norm(x, weight, eps=eps),
+        lambda x, weight, eps: F.rms_norm(x, (_WIDTH,), weight, eps),
+        inputs=2,
+    ),
+    OpCase(
+        "rms_norm + residual",
+        "add_rms_norm",
+        _ROWS_SHAPE,
+        lambda size, dtype: (*_rows(size, dtype, 2), torch.rand(_WIDTH).to(dtype) + 0.5, 1e-6),
+        lambda x, residual, weight, eps: rms_norm(x, weight, eps=eps, residual=residual),
+        _eager_add_rms_norm,
+        inputs=3,
+    ),
+    OpCase(
+        "layer_norm",
+        "layer_norm",
+        _ROWS_SHAPE,
+        lambda size, dtype: (
+            *_rows(size, dtype, 1),
+            torch.rand(_WIDTH).to(dtype) + 0.5,
+            torch.randn(_WIDTH).to(dtype),
+            1e-5,
+        ),
+        lambda x, weight, bias, eps: layer_norm(x, weight, bias, eps=eps),
+        lambda x, weight, bias, eps: F.layer_norm(x, (_WIDTH,), weight, bias, eps),
+        inputs=3,
+    ),
+    OpCase(
+        "l2_norm",
+        "l2_norm",
+        _ROWS_SHAPE,
+        lambda size, dtype: (*_rows(size, dtype, 1), 1e-12),
+        lambda x, eps: l2_norm(x, eps=eps),
+        lambda x, eps: F.normalize(x, dim=-1),
+        inputs=1,
+    ),
+    OpCase(
+        "apply_rotary (halves)",
+        "apply_rotary",
+        _HEADS_SHAPE,
+        lambda size, dtype: _rotary_arguments(size, dtype, interleaved=False),
+        lambda x, cos, sin, positions, interleaved, conjugate: apply_rotary(x, cos, sin),
+        _eager_rotary,
+        inputs=1,
+    ),
+    OpCase(
+        "apply_rotary (interleaved)",
+        "apply_rotary",
+        _HEADS_SHAPE,
+        lambda size, dtype: _rotary_arguments(size, dtype, interleaved=True),
+        lambda x, cos, sin, positions, interleaved, conjugate: apply_rotary(
+            x, cos, sin, interleaved=True
+        ),
+        _eager_rotary,
+        inputs=1,
+    ),
+    OpCase(
+        "swiglu",
+        "gated_activation",
+        _ROWS_SHAPE,
+        lambda size, dtype: (*_rows(size, dtype, 2), "silu"),
+        lambda gate, up, activation: swiglu(gate, up),
+        lambda gate, up, activation: F.silu(gate) * up,
+        inputs=2,
+    ),
+    OpCase(
+        "geglu",
+        "gated_activation",
+        _ROWS_SHAPE,
+        lambda size, dtype: (*_rows(size, dtype, 2), "gelu"),
+        lambda gate, up, activation: geglu(gate, up),
+        lambda gate, up, activation: F.gelu(gate) * up,
+        inputs=2,
+    ),
+    OpCase(
+        "attention (causal GQA)",
+        "attention",
+        f"{_HEADS_SHAPE} over {_KEY_VALUE_HEADS} heads",
+        lambda size, dtype: _attention_arguments(size, dtype, sinks=False),
+        lambda q, k, v, *rest: attention(q, k, v, causal=True),
+        _eager_attention,
+        inputs=3,
+    ),
+    OpCase(
+        "attention (causal GQA, sinks)",
+        "attention",
+        f"{_HEADS_SHAPE} over {_KEY_VALUE_HEADS} heads",
+        lambda size, dtype: _attention_arguments(size, dtype, sinks=True),
+        lambda q, k, v, *rest: attention(q, k, v, causal=True, sinks=rest[2]),
+        _eager_sinks,
+        inputs=3,
+    ),
+    OpCase(
+        "attention_decode",
+        "attention_decode",
+        f"[4, 1, {_HEADS}, {_HEAD_DIM}] over S keys of {_KEY_VALUE_HEADS} heads",
+        _decode_arguments,
+        lambda q, k, v, lengths, *rest: attention_decode(q, k, v, lengths),
+        _eager_decode,
+        inputs=0,
+    ),
+    OpCase(
+        "attention_cache_append",
+        "attention_cache_append",
+        f"one token to [4, S, {_KEY_VALUE_HEADS}, {_HEAD_DIM}]",
+        _append_arguments,
+        _append,
+        _eager_append,
+        inputs=0,
+    ),
+    OpCase(
+        "merge_attention",
+        "merge_attention",
+        _HEADS_SHAPE,
+        _merge_arguments,
+        merge_attention,
+        _eager_merge,
+        inputs=4,
+    ),
+)
