@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from warploom.models.generation import TextTail
-from warploom.nn import KeyValueCache
+from warploom.nn import PagedKeyValueCache
 
 from tests.models.tiny_llama import tiny_llama
 
@@ -81,14 +82,52 @@ def test_left_padding_gives_the_tokens_of_transformers(pair):
     assert torch.equal(ours.generate(ids, **options), expected)
 
 
+@torch.no_grad()
 def test_decoding_from_the_cache_gives_the_logits_of_a_whole_forward(model):
     ids = torch.randint(0, 192, (2, 90))
-    cache = KeyValueCache(2, 2)
+    cache = PagedKeyValueCache(2, 2)
     parts = []
     for piece in ids.split([33, 1, 1, 40, 15], 1):
         parts.append(model(piece, cache))
         cache.advance(piece.shape[1])
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=2e-5)
+
+
+# ---------------------------------------------------------------- the static cache
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"repetition_penalty": 1.5}, {"eos_token_id": list(range(0, 192, 9))}],
+    ids=["plain", "repetition-penalty", "rows-that-end"],
+)
+def test_the_static_cache_gives_the_tokens_of_the_paged_one(model, options):
+    options = {"max_new_tokens": 30, **options}
+    expected = model.generate(PROMPTS, **options)
+    assert model.generate(PROMPTS, cache="static", **options) == expected
+    added = {len(row) - len(prompt) for row, prompt in zip(expected, PROMPTS, strict=True)}
+    assert (len(added) > 1) == ("eos_token_id" in options)
+
+
+def test_draws_from_own_generators_do_not_depend_on_the_cache(model):
+    def run(cache):
+        generators = [torch.Generator().manual_seed(row) for row in range(len(PROMPTS))]
+        return model.generate(
+            PROMPTS, 12, temperature=1.0, generator=generators, cache=cache, eos_token_id=[3, 60]
+        )
+
+    assert run("static") == run("paged")
+
+
+def test_compiled_decoding_is_one_graph_for_all_steps(model):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    expected = model.generate(PROMPTS, max_new_tokens=20)
+    model.model.compile(fullgraph=True, backend=counter)
+    assert model.generate(PROMPTS, max_new_tokens=20, cache="static") == expected
+    assert counter.frame_count == 2  # the prompts, and every step after them
+    assert model.generate(PROMPTS, max_new_tokens=20, cache="static") == expected
+    assert counter.frame_count == 2
 
 
 # ---------------------------------------------------------------- results
@@ -139,8 +178,12 @@ def test_the_same_generator_seed_draws_the_same_text(model):
     assert run(1) == run(1) != run(2)
 
 
-def test_weights_in_bfloat16_generate(model):
-    out = model.bfloat16().generate(PROMPTS, max_new_tokens=5)
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize("cache", ["paged", "static"])
+def test_bfloat16_generates(model, cache, autocast):
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model.generate(PROMPTS, max_new_tokens=5, cache=cache)
     assert [len(row) for row in out] == [len(prompt) + 5 for prompt in PROMPTS]
 
 
@@ -239,6 +282,7 @@ def test_a_transformers_streamer_prints_the_text(model, tokenizer, capsys):
         ([[1]], {"top_p": 2.0}, "top_p: expected"),
         ([[1]], {"stop_strings": "x"}, "stop_strings: expected a tokenizer"),
         ([[1]], {"stop_strings": "", "tokenizer": object()}, "expected non-empty strings"),
+        ([[1]], {"cache": "circular"}, "cache: expected 'paged' or 'static', got 'circular'"),
         ([[1]], {"generator": []}, r"generator: expected one or 1 \(one a row\), got 0"),
         ([[1], [2]], {"streamer": object()}, "streamer: expected one prompt beside it, got 2"),
         ([[1]], {"attention_mask": torch.ones(1, 1)}, "attention_mask: expected the shape of a"),

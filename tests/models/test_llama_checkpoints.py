@@ -111,7 +111,7 @@ def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [{"model_type": "mistral"}, {"hidden_act": "gelu"}, {"attention_dropout": 0.1}],
+    [{"model_type": "gemma"}, {"hidden_act": "gelu"}, {"attention_dropout": 0.1}],
     ids=lambda values: next(iter(values)),
 )
 def test_a_config_that_means_another_model_is_refused(tmp_path, values):

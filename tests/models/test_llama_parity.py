@@ -90,6 +90,25 @@ def test_padding_behind_a_row_changes_nothing_before_it():
     torch.testing.assert_close(model(padded)[:, :20], model(ids), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_packed_documents_give_the_loss_and_gradients_of_documents_alone(window, checkpointing):
+    model = tiny_llama(model_type="mistral", sliding_window=window)
+    model.gradient_checkpointing = checkpointing
+    documents = [torch.randint(0, 192, (1, length)) for length in (13, 2, 30, 5)]
+    cu_seqlens = torch.tensor([0, 13, 15, 45, 50], dtype=torch.int32)
+    packed = model(torch.cat(documents, 1).view(2, 25), cu_seqlens=cu_seqlens, max_seqlen=30)
+    alone = [model(ids) for ids in documents]
+    torch.testing.assert_close(packed.view(1, 50, 192), torch.cat(alone, 1), rtol=0, atol=1e-5)
+    losses = [
+        [loss(logits, ids) for logits, ids in zip(parts, documents, strict=True)]
+        for parts in (packed.view(1, 50, 192).split([13, 2, 30, 5], 1), alone)
+    ]
+    gradients = [torch.autograd.grad(sum(parts), [*model.parameters()]) for parts in losses]
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16-autocast"])
 def test_gradient_checkpointing_gives_the_same_gradients(autocast):
     model, ids = tiny_llama(), torch.randint(0, 192, (2, 20))

@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from warploom.nn import (
     GroupedQueryAttention,
-    KeyValueCache,
     LayerNorm,
+    PagedKeyValueCache,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
@@ -26,12 +29,17 @@ HIDDEN, HEADS, KEY_VALUE_HEADS, DIM = 32, 4, 2, 8
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def llama_config(**changes: Any) -> transformers.LlamaConfig:
-    config = transformers.LlamaConfig(
+WINDOW = 2  # keys before a token that it sees in the cases with a window
+
+
+def peer_config(family: type = transformers.LlamaConfig, **changes: Any) -> Any:
+    config = family(
         hidden_size=HIDDEN,
         intermediate_size=48,
+        num_hidden_layers=1,
         num_attention_heads=HEADS,
         num_key_value_heads=KEY_VALUE_HEADS,
+        head_dim=DIM,
         max_position_embeddings=64,
         rope_parameters={"rope_theta": 10000.0, **ROPE},
         **changes,
@@ -40,13 +48,18 @@ def llama_config(**changes: Any) -> transformers.LlamaConfig:
     return config
 
 
-def peer_attention(x: torch.Tensor, peer: LlamaAttention) -> torch.Tensor:
+def peer_attention(x: torch.Tensor, peer: nn.Module) -> torch.Tensor:
     """transformers' attention layer with its rotary table and a causal mask."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     length = x.shape[1]
-    tables = LlamaRotaryEmbedding(llama_config())(x, torch.arange(length)[None])
-    mask = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)[None, None]
+    tables = LlamaRotaryEmbedding(peer_config())(x, torch.arange(length)[None])
+    if isinstance(peer, GptOssAttention):
+        tables = tuple(table[..., : DIM // 2] for table in tables)
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    if getattr(peer, "sliding_window", None):
+        hidden |= torch.ones_like(hidden).tril(-peer.sliding_window)
+    mask = torch.zeros(length, length, dtype=x.dtype).masked_fill(hidden, -torch.inf)[None, None]
     return peer(x, position_embeddings=tables, attention_mask=mask)[0]
 
 
@@ -90,20 +103,51 @@ CASES = {
         lambda **f: LayerNorm(HIDDEN, elementwise_affine=False, **f),
         lambda: nn.LayerNorm(HIDDEN, elementwise_affine=False),
     ),
-    "SwiGLU": Case(lambda **f: SwiGLU(HIDDEN, 48, **f), lambda: LlamaMLP(llama_config())),
+    "SwiGLU": Case(lambda **f: SwiGLU(HIDDEN, 48, **f), lambda: LlamaMLP(peer_config())),
     "SwiGLU-bias": Case(
         lambda **f: SwiGLU(HIDDEN, 48, bias=True, **f),
-        lambda: LlamaMLP(llama_config(mlp_bias=True)),
+        lambda: LlamaMLP(peer_config(mlp_bias=True)),
     ),
     "GroupedQueryAttention": Case(
         lambda **f: GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS, **f),
-        lambda: LlamaAttention(llama_config(), 0),
+        lambda: LlamaAttention(peer_config(), 0),
         our_attention,
         peer_attention,
     ),
     "GroupedQueryAttention-bias": Case(
         lambda **f: GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS, bias=True, **f),
-        lambda: LlamaAttention(llama_config(attention_bias=True), 0),
+        lambda: LlamaAttention(peer_config(attention_bias=True), 0),
+        our_attention,
+        peer_attention,
+    ),
+    "GroupedQueryAttention-qk-norm": Case(
+        lambda **f: GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS, qk_norm_eps=1e-6, **f),
+        lambda: Qwen3Attention(peer_config(transformers.Qwen3Config), 0),
+        our_attention,
+        peer_attention,
+    ),
+    "GroupedQueryAttention-sinks-window": Case(
+        lambda **f: GroupedQueryAttention(
+            HIDDEN, HEADS, KEY_VALUE_HEADS, bias=True, sinks=True, window=(WINDOW, -1), **f
+        ),
+        lambda: GptOssAttention(
+            peer_config(transformers.GptOssConfig, attention_bias=True, sliding_window=WINDOW + 1),
+            0,
+        ),
+        our_attention,
+        peer_attention,
+    ),
+    "GroupedQueryAttention-softcap": Case(
+        lambda **f: GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS, softcap=1.5, **f),
+        lambda: Gemma2Attention(
+            peer_config(
+                transformers.Gemma2Config,
+                attn_logit_softcapping=1.5,
+                query_pre_attn_scalar=DIM,
+                layer_types=["full_attention"],
+            ),
+            0,
+        ),
         our_attention,
         peer_attention,
     ),
@@ -257,20 +301,26 @@ def test_attention_that_is_not_causal_sees_later_tokens():
     assert torch.equal(module(x)[:, 0], module(changed)[:, 0])
     with pytest.raises(ValueError, match="cache: expected a causal module"):
         module.causal = False
-        module(x, cache=KeyValueCache(1, 1))
+        module(x, cache=PagedKeyValueCache(1, 1))
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def poisoned(cache: KeyValueCache) -> None:
+def poisoned(cache: PagedKeyValueCache) -> None:
     """Fills every slot that no row uses with NaN."""
-    for keys, values in cache._layers:
-        for row, length in enumerate(cache.lengths):
-            keys[row, length:] = torch.nan
-            values[row, length:] = torch.nan
+    used = set()
+    for row, length in enumerate(cache.lengths):
+        for position in range(length):
+            block = int(cache.block_table[row, position // cache.page_size])
+            used.add(block * cache.page_size + position % cache.page_size)
+    for layer in cache._layers:
+        for pages in layer:
+            slots = pages.flatten(0, 1)
+            slots[[slot for slot in range(len(slots)) if slot not in used]] = torch.nan
 
 
+@torch.no_grad()
 def test_rows_of_unequal_length_attend_to_their_own_tokens_alone():
     torch.manual_seed(0)
     module = GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS)
@@ -280,32 +330,34 @@ def test_rows_of_unequal_length_attend_to_their_own_tokens_alone():
     padded = torch.zeros(4, 70, HIDDEN)
     for row, (whole, length) in enumerate(zip(rows, lengths, strict=True)):
         padded[row, :length] = whole[0, :length]
-    cache = KeyValueCache(1, 4)
-    module(padded, table, cache.positions(70, padded.device), cache)
+    cache = PagedKeyValueCache(1, 4)
+    module(padded, table, cache.positions(70), cache)
     cache.advance(lengths)
     outs = []
     for step in range(steps):
         poisoned(cache)
         x = torch.cat([w[:, n + step, None] for w, n in zip(rows, lengths, strict=True)])
-        outs.append(module(x, table, cache.positions(1, x.device), cache))
+        outs.append(module(x, table, cache.positions(1), cache))
         cache.advance(1)
     for row, (whole, length) in enumerate(zip(rows, lengths, strict=True)):
         actual = torch.cat([out[row] for out in outs])
         torch.testing.assert_close(actual, module(whole, table)[0, length:], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_selected_rows_go_on_as_before():
     torch.manual_seed(0)
     module = GroupedQueryAttention(HIDDEN, HEADS, KEY_VALUE_HEADS)
     x, token = torch.randn(3, 9, HIDDEN), torch.randn(3, 1, HIDDEN)
     expected = module(torch.cat((x, token), 1))[:, -1:]
-    cache = KeyValueCache(1, 3)
+    cache = PagedKeyValueCache(1, 3)
     module(x, cache=cache)
     cache.advance(9)
     cache.select([2, 0])
     torch.testing.assert_close(module(token[[2, 0]], cache=cache), expected[[2, 0]])
 
 
+@torch.no_grad()
 def test_an_empty_batch_has_an_empty_cache():
     module = GroupedQueryAttention(HIDDEN, HEADS)
-    assert module(torch.empty(0, 1, HIDDEN), cache=KeyValueCache(1, 0)).shape == (0, 1, HIDDEN)
+    assert module(torch.empty(0, 1, HIDDEN), cache=PagedKeyValueCache(1, 0)).shape == (0, 1, HIDDEN)

@@ -1,8 +1,7 @@
 """Batched text generation for every model that maps (tokens, cache) to hidden states.
 
-Prompts of unequal length are aligned at their first token: one causal pass over the batch padded
-at the end (padding there is invisible to what stands before it) fills the cache, then every row
-continues at its own length. A row's tokens do not depend on what else is in the batch.
+Prompts of unequal length are packed one after another: one pass without padding fills the cache,
+then every row continues at its own length. A row's tokens do not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models.sampling import Sampling
-from warploom.nn import KeyValueCache
+from warploom.nn import KeyValueCache, PagedKeyValueCache, StaticKeyValueCache
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+CacheKind = Literal["paged", "static"]
 _PROMPT_TAIL = 8
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -130,6 +130,7 @@ def stream(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     generator: Generators = None,
+    cache: CacheKind = "paged",
 ) -> Iterator[Token]:
     """Yields each row's tokens as they are generated; `generate` documents the arguments."""
     prompts = read_prompts(input_ids, attention_mask, model.config.vocab_size)
@@ -149,41 +150,54 @@ def stream(
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     if not prompts or max_new_tokens == 0:
         return
-    # Rows of equal length stand together: they share their attention calls (KeyValueCache).
     rows = [_Row(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
-    rows.sort(key=lambda row: len(row.prompt))
-    if isinstance(generator, Sequence):
-        generator = [generator[row.index] for row in rows]
     device = model.lm_head.weight.device
-    lengths = [len(row.prompt) for row in rows]
-    padded = [row.prompt + [0] * (lengths[-1] - len(row.prompt)) for row in rows]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-    last = torch.tensor(lengths, device=device) - 1
+    held = _make_cache(cache, model.config.num_hidden_layers, prompts, max_new_tokens, device)
     seen = _seen_tokens(rows, model.config.vocab_size, device) if repetition_penalty != 1 else None
-    cache = KeyValueCache(model.config.num_hidden_layers, len(rows))
+    lengths = [len(prompt) for prompt in prompts]
+    packed = [token for prompt in prompts for token in prompt]
+    tokens = torch.tensor([packed], dtype=torch.int64, device=device)
+    cu_seqlens, max_seqlen = held.pack(lengths)
+    hidden = model.model(tokens, held, cu_seqlens, max_seqlen)[0, cu_seqlens[1:].long() - 1]
+    held.advance(lengths)
+    going = list(range(len(rows)))  # places in the batch
     for step in range(max_new_tokens):
-        hidden = model.model(tokens, cache)
-        cache.advance(lengths if step == 0 else 1)
-        hidden = hidden[torch.arange(len(rows), device=device), last] if step == 0 else hidden[:, 0]
         chosen = sampling.choose(sampling.scores(model.lm_head(hidden), seen), generator)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         is_last = step + 1 == max_new_tokens
-        pairs = zip(rows, chosen.tolist(), strict=True)
-        taken = [row.take(token, eos, stops, is_last) for row, token in pairs]
-        yield from sorted(taken, key=lambda token: token.row)
-        going = [place for place, token in enumerate(taken) if token.finish is None]
+        ids = chosen.tolist()
+        taken = [rows[place].take(ids[place], eos, stops, is_last) for place in going]
+        yield from taken
+        going = [place for place, token in zip(going, taken, strict=True) if token.finish is None]
         if not going:
             return
-        if len(going) < len(rows):
+        if len(going) < len(rows) and isinstance(held, PagedKeyValueCache):
             rows = [rows[place] for place in going]
             if isinstance(generator, Sequence):
                 generator = [generator[place] for place in going]
             kept = torch.tensor(going, device=device)
             chosen = chosen[kept]
             seen = None if seen is None else seen[kept]
-            cache.select(going)
-        tokens = chosen[:, None]
+            held.select(going)
+            going = list(range(len(rows)))
+        hidden = model.model(chosen[:, None], held)[:, 0]
+        held.advance(1)
+
+
+def _make_cache(
+    kind: CacheKind,
+    num_layers: int,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+) -> KeyValueCache:
+    if kind == "paged":
+        return PagedKeyValueCache(num_layers, len(prompts), device=device)
+    if kind == "static":
+        capacity = max(map(len, prompts)) + max_new_tokens
+        return StaticKeyValueCache(num_layers, len(prompts), capacity, device=device)
+    raise ValueError(f"generate: cache: expected 'paged' or 'static', got {kind!r}")
 
 
 def generate(
@@ -209,6 +223,9 @@ def generate(
         tokenizer: anything with `decode(ids, skip_special_tokens=...)`; stop strings need it.
         generator: source of the draws, one for the batch or a list of one for each row; None is
             torch's default generator.
+        cache: "paged" (grows as needed; rows that end leave the batch) or "static": the shapes stay
+            those of the first step until every row has ended, so that `model.model.compile(
+            fullgraph=True)` before the call compiles decoding once for a batch size and capacity.
         pad_token_id: fills rows of a tensor that ended early; default the config's, else the
             first eos token, else 0.
         streamer: an object with `put(tensor)` and `end()`, as transformers' `TextStreamer`; for one

@@ -1,4 +1,4 @@
-"""LLaMA 1, 2 and 3: the model, its checkpoints in two layouts, and its `generate`."""
+"""LLaMA 1, 2 and 3, Mistral, Qwen2 and Qwen3: the model, its checkpoints, and its `generate`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from warploom.models import generation, llama_meta
 from warploom.models.directory import existing_directory, replace_directory
 from warploom.models.llama_config import LlamaConfig
 from warploom.nn import GroupedQueryAttention, KeyValueCache, RMSNorm, RotaryEmbedding, SwiGLU
+from warploom.nn.attention import next_positions
 
 
 class LlamaLayer(nn.Module):
@@ -34,6 +35,9 @@ class LlamaLayer(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
             bias=config.attention_bias,
+            output_bias=config.attention_output_bias,
+            window=config.window(index),
+            qk_norm_eps=config.qk_norm_eps,
             **factory,
         )
         self.mlp = SwiGLU(size, config.intermediate_size, bias=config.mlp_bias, **factory)
@@ -47,13 +51,15 @@ class LlamaLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """delta and residual [B, S, hidden]; a residual of None means that delta is the stream."""
         if residual is None:
             normed, residual = self.input_layernorm(delta), delta
         else:
             normed, residual = self.input_layernorm(delta.to(residual.dtype), residual)
-        delta = self.self_attn(normed, rotary, positions, cache, self.index)
+        delta = self.self_attn(normed, rotary, positions, cache, self.index, cu_seqlens, max_seqlen)
         normed, residual = self.post_attention_layernorm(delta.to(residual.dtype), residual)
         return self.mlp(normed), residual
 
@@ -73,23 +79,33 @@ class LlamaDecoder(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """input_ids int [B, S] -> the last hidden states [B, S, hidden]."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """input_ids int [B, S] -> the last hidden states [B, S, hidden]; the rest as in `Llama`."""
         delta, residual = self.embed_tokens(input_ids), None
-        count, positions = input_ids.shape[1], None
-        if cache is not None:
-            positions = cache.positions(count, input_ids.device)
-            count += max(cache.lengths, default=0)
+        batch, count = input_ids.shape
+        length = count if cu_seqlens is None else max_seqlen or batch * count
+        rows = length if cache is None else cache.length_bound(length)
         table_dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-        rotary = self.rotary_emb.table(count, delta.device, table_dtype)
+        rotary = self.rotary_emb.table(rows, delta.device, table_dtype)
+        shared = (
+            rotary,
+            next_positions(batch, count, cache, cu_seqlens),
+            cache,
+            cu_seqlens,
+            max_seqlen,
+        )
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                delta, residual = checkpoint(
-                    layer, delta, residual, rotary, positions, use_reentrant=False
-                )
+                delta, residual = checkpoint(layer, delta, residual, *shared, use_reentrant=False)
             else:
-                delta, residual = layer(delta, residual, rotary, positions, cache)
+                delta, residual = layer(delta, residual, *shared)
         hidden: Tensor
         if residual is None:
             hidden = self.norm(delta)
@@ -99,9 +115,10 @@ class LlamaDecoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA language model (arXiv:2302.13971, 2307.09288, 2407.21783).
+    """A LLaMA language model (arXiv:2302.13971, 2307.09288, 2407.21783) or a relative: Mistral
+    (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388).
 
-    The state dict has the names of transformers' `LlamaForCausalLM`. Weights are drawn from
+    The state dict has the names of transformers' `LlamaForCausalLM` and its like. Weights are drawn from
     N(0, initializer_range) as there; on the meta device nothing is drawn.
 
     Args:
@@ -151,19 +168,32 @@ class Llama(nn.Module):
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
 
-    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
         """input_ids int64 or int32 [B, S] -> logits [B, S, vocab_size] in the weights' dtype.
 
         Rows shorter than S are padded at the end: attention is causal, so padding there changes
-        nothing before it. With a cache the tokens follow those it holds, and the caller then
-        calls `cache.advance`.
+        nothing before it.
+
+        Args:
+            cache: holds the tokens before these; the caller then calls `cache.advance`.
+            cu_seqlens: int32 [N + 1], from 0 to B S: the tokens, row after row, are N documents
+                that do not see each other, each with positions from 0; with a cache the
+                continuations of its rows (`KeyValueCache.pack`).
+            max_seqlen: at least the longest document; None: B S. "dynamic" rotary scaling takes it
+                for the length of the text, and so a static cache's capacity.
         """
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "Llama: input_ids: expected int64 or int32 [batch, sequence], got "
                 f"{input_ids.dtype} {tuple(input_ids.shape)}"
             )
-        logits: Tensor = self.lm_head(self.model(input_ids, cache))
+        logits: Tensor = self.lm_head(self.model(input_ids, cache, cu_seqlens, max_seqlen))
         return logits
 
     def generate(

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA: transformers' config.json, Meta's params.json, the published sizes."""
+"""The shape of a LLaMA or a relative: transformers' config.json, Meta's params.json, the published sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _IGNORED_WHEN_NEUTRAL = {"attention_dropout": 0.0, "hidden_act": "silu"}
+#: The model types that are this model with other switches, and transformers' defaults where they
+#: differ in fields that a config.json may leave out.
+_MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"bos_token_id": None, "eos_token_id": None},
+    "qwen3": {"head_dim": 128, "bos_token_id": None, "eos_token_id": None},
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_WINDOW = 4096  # transformers' default sliding_window
 _LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -17,7 +27,11 @@ _LLAMA3_SCALING = {
 
 @dataclass
 class LlamaConfig:
-    """Fields and defaults of transformers' `LlamaConfig`.
+    """Fields and defaults of transformers' `LlamaConfig`, and what its relatives add.
+
+    `model_type` "mistral" is the same model; "qwen2" has no bias in the attention's output
+    projection; "qwen3" normalises the heads of q and k. In layers whose entry of `layer_types` is
+    "sliding_attention" (None: all) a token sees itself and `sliding_window` - 1 tokens before.
 
     `rope_parameters` holds `rope_type`, `rope_theta` and the fields of that type
     (`warploom.nn.rope.inverse_frequencies`). `num_key_value_heads` and `head_dim` default to
@@ -41,8 +55,18 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.model_type not in _MODEL_TYPES:
+            raise ValueError(
+                f"model_type: expected one of {', '.join(_MODEL_TYPES)}, got {self.model_type!r}"
+            )
+        if self.model_type == "qwen2":
+            self.attention_bias = True
+        self._check_windows()
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         defaults = {"rope_type": "default", "rope_theta": 10000.0}
@@ -51,6 +75,36 @@ class LlamaConfig:
             self.rope_parameters.setdefault(
                 "original_max_position_embeddings", self.max_position_embeddings
             )
+
+    def _check_windows(self) -> None:
+        if self.sliding_window is not None and self.model_type == "llama":
+            raise ValueError(
+                "sliding_window: expected None for model_type 'llama' ('mistral' has windows), got "
+                f"{self.sliding_window}"
+            )
+        kinds = self.layer_types
+        if kinds is None:
+            return
+        if not self.model_type.startswith("qwen"):
+            raise ValueError(f"layer_types: expected None for {self.model_type!r}, got {kinds}")
+        if len(kinds) != self.num_hidden_layers or not {*kinds} <= {*_LAYER_TYPES}:
+            raise ValueError(
+                f"layer_types: expected {self.num_hidden_layers} of {', '.join(_LAYER_TYPES)}, got "
+                f"{kinds}"
+            )
+
+    def window(self, layer: int) -> tuple[int, int]:
+        """(left, right) of a layer's attention, as `warploom.ops.attention` has it."""
+        sliding = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+        return (self.sliding_window - 1 if self.sliding_window and sliding else -1, -1)
+
+    @property
+    def attention_output_bias(self) -> bool:
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def qk_norm_eps(self) -> float | None:
+        return self.rms_norm_eps if self.model_type == "qwen3" else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -70,18 +124,23 @@ class LlamaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
         """Reads a config.json, with `rope_parameters` or with `rope_theta` and `rope_scaling`."""
         model_type = values.get("model_type", "llama")
-        if model_type != "llama":
-            raise ValueError(f"config.json: model_type: expected 'llama', got {model_type!r}")
+        if model_type not in _MODEL_TYPES:
+            raise ValueError(
+                f"config.json: model_type: expected one of {', '.join(_MODEL_TYPES)}, got "
+                f"{model_type!r}"
+            )
         for name, neutral in _IGNORED_WHEN_NEUTRAL.items():
             if values.get(name, neutral) != neutral:
                 raise ValueError(f"config.json: {name}: expected {neutral}, got {values[name]!r}")
         names = {known.name for known in dataclasses.fields(cls)} - {"rope_parameters"}
         nullable = {"bos_token_id", "eos_token_id", "pad_token_id"}
-        given = {
+        given = dict(_MODEL_TYPES[model_type])
+        given |= {
             name: values[name]
             for name in names & values.keys()
             if values[name] is not None or name in nullable
         }
+        given |= _windows(model_type, values)
         rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
         if "type" in rope:
             rope.setdefault("rope_type", rope.pop("type"))
@@ -95,10 +154,11 @@ class LlamaConfig:
         rope = self.rope_parameters
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "hidden_act": "silu",
             **dataclasses.asdict(self),
+            "use_sliding_window": self.sliding_window is not None,
+            "max_window_layers": 0,
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
         }
@@ -143,8 +203,12 @@ class LlamaConfig:
             reasons.append(f"rope_type {rope['rope_type']!r}")
         elif scaling != (_LLAMA3_SCALING if rope["rope_type"] == "llama3" else {}):
             reasons.append(f"rope_parameters {scaling}")
+        if self.model_type != "llama":
+            reasons.append(f"model_type {self.model_type!r}")
         if self.attention_bias or self.mlp_bias:
             reasons.append("biases")
+        if self.sliding_window is not None:
+            reasons.append(f"sliding_window {self.sliding_window}")
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             reasons.append(f"head_dim {self.head_dim}")
         if reasons:
@@ -167,6 +231,18 @@ class LlamaConfig:
             params["multiple_of"] = 1
             params["ffn_dim_multiplier"] = (self.intermediate_size + 0.5) / base
         return params
+
+
+def _windows(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """sliding_window and layer_types, from the fields by which transformers' class decides them."""
+    window = values.get("sliding_window", _WINDOW)
+    if model_type == "mistral":
+        return {"sliding_window": window, "layer_types": None}
+    if model_type == "llama" or not values.get("use_sliding_window"):
+        return {"sliding_window": None, "layer_types": None}
+    first, layers = values.get("max_window_layers", 28), values["num_hidden_layers"]
+    by_place = [_LAYER_TYPES[layer >= first] for layer in range(layers)]
+    return {"sliding_window": window, "layer_types": values.get("layer_types") or by_place}
 
 
 def meta_intermediate_size(dim: int, multiple_of: int, multiplier: float | None) -> int:

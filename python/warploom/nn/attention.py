@@ -1,109 +1,41 @@
-"""Grouped-query attention with projections, and the cache of keys and values it decodes from."""
+"""Grouped-query self-attention with its projections: cached, packed, windowed, with sinks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from warploom.ops.attention import attention
+from warploom.nn.cache import KeyValueCache
+from warploom.nn.norm import RMSNorm
+from warploom.nn.packing import places
+from warploom.ops.attention import attention, attention_varlen
 from warploom.ops.rope import apply_rotary
-
-_MINIMUM_CACHE_ROWS = 64
-
-
-class KeyValueCache:
-    """Keys and values of every layer for a batch whose rows may differ in length.
-
-    Per layer two tensors [B, capacity, H_kv, D], allocated from the first keys that arrive and
-    grown by doubling. Row b holds `lengths[b]` tokens from slot 0 on; the slots behind them are
-    undefined and never attended to. The lengths are host integers, so that no step waits for
-    the device. A cache with another layout (pages, quantised) has the same methods.
-
-    Args:
-        num_layers: layers that will call `attend`.
-        batch_size: rows B.
-    """
-
-    def __init__(self, num_layers: int, batch_size: int) -> None:
-        self.lengths = [0] * batch_size
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
-
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """int64 [B, count]: the positions of the next `count` tokens of every row."""
-        starts = torch.tensor(self.lengths, dtype=torch.int64, device=device)
-        return starts[:, None] + torch.arange(count, device=device)
-
-    def advance(self, counts: int | Sequence[int]) -> None:
-        """Makes the tokens that every layer has just written part of the rows.
-
-        `counts` may be smaller than what was written: padding at the end of a row is dropped.
-        """
-        if isinstance(counts, int):
-            counts = [counts] * len(self.lengths)
-        self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Writes k and v behind each row's tokens and attends causally to all of them.
-
-        q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D]. Rows of equal length that stand
-        together share one call, so a batch sorted by length makes the fewest calls.
-        """
-        count = q.shape[1]
-        keys, values = self._reserve(layer, k, v, max(self.lengths, default=0) + count)
-        outs, start = [], 0
-        for length, group in groupby(self.lengths):
-            rows = slice(start, start + len(list(group)))
-            keys[rows, length : length + count] = k[rows]
-            values[rows, length : length + count] = v[rows]
-            held = slice(0, length + count)
-            outs.append(attention(q[rows], keys[rows, held], values[rows, held], causal=True))
-            start = rows.stop
-        return outs[0] if len(outs) == 1 else torch.cat(outs) if outs else torch.empty_like(q)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keeps the given rows, in that order, and forgets the others."""
-        self.lengths = [self.lengths[row] for row in rows]
-        used = max(self.lengths, default=0)
-        for layer, held in enumerate(self._layers):
-            if held is not None:
-                index = torch.tensor(rows, device=held[0].device)
-                keys, values = (tensor[:, :used].index_select(0, index) for tensor in held)
-                self._layers[layer] = (keys, values)
-
-    def _reserve(self, layer: int, k: Tensor, v: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        held = self._layers[layer]
-        if held is not None and held[0].shape[1] >= needed:
-            return held
-        capacity = max(needed, _MINIMUM_CACHE_ROWS, 0 if held is None else 2 * held[0].shape[1])
-        grown = (
-            k.new_empty(k.shape[0], capacity, *k.shape[2:]),
-            v.new_empty(v.shape[0], capacity, *v.shape[2:]),
-        )
-        if held is not None:
-            used = max(self.lengths)
-            for old, new in zip(held, grown, strict=True):
-                new[:, :used] = old[:, :used]
-        self._layers[layer] = grown
-        return grown
 
 
 class GroupedQueryAttention(nn.Module):
     """Self-attention in which groups of query heads share a key/value head.
 
     Ainslie et al., arXiv:2305.13245; one group per query head is multi-head attention, one
-    group in all is multi-query attention. The state dict is that of transformers'
-    `LlamaAttention`: q_proj, k_proj, v_proj, o_proj.
+    group in all is multi-query attention. The state dict is that of transformers' classes: q_proj,
+    k_proj, v_proj, o_proj (`LlamaAttention`), q_norm, k_norm (`Qwen3Attention`), sinks
+    (`GptOssAttention`).
 
     Args:
         hidden_size: features of the input and of the output.
         num_attention_heads: query heads H.
         num_key_value_heads: key/value heads, a divisor of H (default H).
         head_dim: features of a head (default hidden_size // H).
-        bias: whether the four projections have a bias.
+        bias: whether q_proj, k_proj and v_proj have a bias.
         causal: whether a token sees only itself and those before it.
+        output_bias: whether o_proj has a bias (default: as the others).
+        window: (left, right): a token sees so many tokens before and behind itself; -1: no limit.
+        softcap: scores become softcap tanh(scores / softcap); 0: they do not.
+        sinks: whether each query head has a learned logit beside its scores, 0 at first.
+        qk_norm_eps: each head of q and k goes through an RMSNorm with this epsilon before it is
+            rotated; None: no norm.
     """
 
     def __init__(
@@ -114,6 +46,12 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int | None = None,
         bias: bool = False,
         causal: bool = True,
+        *,
+        output_bias: bool | None = None,
+        window: Sequence[int] = (-1, -1),
+        softcap: float = 0.0,
+        sinks: bool = False,
+        qk_norm_eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,11 +74,24 @@ class GroupedQueryAttention(nn.Module):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.causal = causal
+        self.window = (window[0], window[1])
+        self.softcap = softcap
         query_size, key_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, query_size, bias, device, dtype)
         self.k_proj = nn.Linear(hidden_size, key_size, bias, device, dtype)
         self.v_proj = nn.Linear(hidden_size, key_size, bias, device, dtype)
-        self.o_proj = nn.Linear(query_size, hidden_size, bias, device, dtype)
+        output_bias = bias if output_bias is None else output_bias
+        self.o_proj = nn.Linear(query_size, hidden_size, output_bias, device, dtype)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm, self.k_norm = (
+                RMSNorm(head_dim, qk_norm_eps, device=device, dtype=dtype) for _ in range(2)
+            )
+        heads = torch.zeros(num_attention_heads, device=device, dtype=dtype) if sinks else None
+        self.register_parameter("sinks", None if heads is None else nn.Parameter(heads))
+
+    def extra_repr(self) -> str:
+        return f"causal={self.causal}, window={self.window}, softcap={self.softcap}"
 
     def forward(
         self,
@@ -149,29 +100,83 @@ class GroupedQueryAttention(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """x [B, S, hidden_size] -> [B, S, hidden_size].
 
         Args:
             rotary: cos and sin [P, R / 2] (`RotaryEmbedding.table`), pairs half-split; None: no
                 rotation.
-            positions: int64 [B, S] rows of that table; None: arange(S).
+            positions: int64 [B, S] rows of that table; None: behind the cache's tokens, and from 0
+                where a row, or a sequence of cu_seqlens, starts.
             cache: keys and values of the tokens before x; x's own are written behind them. The
                 caller advances the cache when every layer has been run. Needs `causal`.
             layer: this module's place in the cache.
+            cu_seqlens: int32 [N + 1]: the B S tokens, row after row, are N sequences that do not see
+                each other: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1], from 0 to B S. With
+                a cache they continue its rows (`KeyValueCache.pack`).
+            max_seqlen: at least the longest of them; None: B S.
         """
         if cache is not None and not self.causal:
             raise ValueError("GroupedQueryAttention: cache: expected a causal module")
         batch, count = x.shape[:2]
-        q = self.q_proj(x).view(batch, count, self.num_attention_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, count, self.num_key_value_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, count, self.num_key_value_heads, self.head_dim)
+        # A tensor-parallel rank holds a part of the heads.
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
+            if positions is None:
+                positions = next_positions(batch, count, cache, cu_seqlens)
             q = apply_rotary(q, *rotary, positions=positions)
             k = apply_rotary(k, *rotary, positions=positions)
-        if cache is None:
-            attended = attention(q, k, v, causal=self.causal)
-        else:
-            attended = cache.attend(layer, q, k, v)
+        attended = self._attend(q, k, v, cache, layer, cu_seqlens, max_seqlen)
         out: Tensor = self.o_proj(attended.flatten(2))
         return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KeyValueCache | None,
+        layer: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> Tensor:
+        features: dict[str, Any] = {
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
+        batch, count = q.shape[:2]
+        if max_seqlen is None:
+            max_seqlen = batch * count
+        out: Tensor
+        if cache is not None:
+            out = cache.attend(
+                layer, q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **features
+            )
+        elif cu_seqlens is None:
+            out = attention(q, k, v, causal=self.causal, **features)
+        else:
+            q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+            bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            out = attention_varlen(q, k, v, *bounds, causal=self.causal, **features)
+            out = out.unflatten(0, (batch, count))
+        return out
+
+
+def next_positions(
+    batch: int, count: int, cache: KeyValueCache | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """int64 [B, S], the positions that the tokens of one step have; None: arange(S) in every row."""
+    if cache is not None:
+        total = count if cu_seqlens is None else batch * count
+        return cache.positions(total, cu_seqlens).view(batch, count)
+    if cu_seqlens is None:
+        return None
+    return places(cu_seqlens, batch * count)[1].long().view(batch, count)

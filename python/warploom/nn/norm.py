@@ -18,6 +18,11 @@ def _flatten_normalized(op: str, x: Tensor, normalized_shape: tuple[int, ...]) -
     return x if count == 1 else x.flatten(-count)
 
 
+def _unflatten_normalized(x: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse; x itself where nothing was flattened: FSDP warns of views at the end of a layer."""
+    return x if x.shape == shape else x.view(shape)
+
+
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` whose forward is one op call, with the residual addition fused into it.
 
@@ -42,13 +47,13 @@ class RMSNorm(nn.RMSNorm):
         x = _flatten_normalized("RMSNorm", x, self.normalized_shape)
         weight = None if self.weight is None else self.weight.flatten()
         if residual is None:
-            return rms_norm(x, weight, eps=eps).view(shape)
+            return _unflatten_normalized(rms_norm(x, weight, eps=eps), shape)
         if residual.shape != shape:
             raise ValueError(
                 f"RMSNorm: residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}"
             )
         out, total = rms_norm(x, weight, eps=eps, residual=residual.reshape(x.shape))
-        return out.view(shape), total.view(shape)
+        return _unflatten_normalized(out, shape), _unflatten_normalized(total, shape)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -60,4 +65,4 @@ class LayerNorm(nn.LayerNorm):
         x = _flatten_normalized("LayerNorm", x, self.normalized_shape)
         weight = None if self.weight is None else self.weight.flatten()
         bias = None if self.bias is None else self.bias.flatten()
-        return layer_norm(x, weight, bias, eps=self.eps).view(shape)
+        return _unflatten_normalized(layer_norm(x, weight, bias, eps=self.eps), shape)
