@@ -1,4 +1,4 @@
-"""Attention on every backend against float64: forward everywhere, gradients where the backend has them."""
+"""Attention on every backend against float64, values and gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from warploom.ops.attention import attention
 
 from tests import plain
-from tests.backends import BACKENDS, DEVICE, DTYPES, every_backend, every_dtype
+from tests.backends import DEVICE, DTYPES, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
 #: batch, queries, keys, heads, kv_heads, head_dim, value_dim
@@ -57,7 +57,7 @@ def test_output_and_log_sum_exp(backend, dtype, shape, causal):
     check(backend, causal, inputs(shape, dtype), gradients=False)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("simt")])
+@every_backend
 @every_dtype
 @pytest.mark.parametrize("name", ["odd-lengths-GQA", "more-queries-than-keys", "value-dim-differs"])
 def test_gradients(backend, dtype, name):
@@ -69,7 +69,7 @@ def test_gradients(backend, dtype, name):
     )
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("simt")])
+@every_backend
 def test_one_key_leaves_nothing_to_choose(backend):
     """softmax over one key is 1 whatever q and k are: their gradients are 0 up to rounding."""
     tensors = [tensor.requires_grad_() for tensor in inputs(SHAPES["one-token"], torch.float32)]
@@ -79,7 +79,7 @@ def test_one_key_leaves_nothing_to_choose(backend):
     assert torch.equal(grad_v, torch.ones_like(grad_v))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("simt")])
+@every_backend
 def test_gradient_through_log_sum_exp(backend):
     check(backend, False, inputs((2, 9, 14, 4, 2, 32, 32), torch.float32))
 
@@ -97,6 +97,22 @@ def test_grid_of_lengths_and_head_dims(backend, dtype, queries, keys, head_dim, 
     batch = 32 if queries == 1 else 3
     tensors = inputs((batch, queries, keys, 2, 1, head_dim, head_dim), dtype)
     check(backend, causal, tensors, gradients=False)
+
+
+@pytest.mark.slow
+@every_backend
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 65), (63, 64), (64, 65), (65, 63), (113, 203), (203, 113)]
+)
+@masked
+def test_gradients_over_lengths(backend, queries, keys, causal):
+    check(backend, causal, inputs((3, queries, keys, 4, 2, 64, 64), torch.bfloat16))
+
+
+@pytest.mark.slow
+@every_backend
+def test_a_thousand_queries_and_keys(backend):
+    check(backend, True, inputs((1, 1023, 1024, 1, 1, 64, 64), torch.bfloat16))
 
 
 @every_backend
