@@ -32,6 +32,15 @@ TORCH_TARGET = "0x020b000000000000"
 #: sm_80 machine code and PTX, which every later chip can run, and machine code for Hopper.
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 
+#: The instruction sets of CPU units (csrc/common/cpu.h) on x86; v3 stands for any other machine's only one.
+CPU_ISAS = {
+    "v3": "-march=x86-64-v3",
+    "v4": "-march=x86-64-v4 -mprefer-vector-width=512",
+    "v4_bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
+}
+#: The CPU units that are compiled with v4_bf16, too: those that declare WARPLOOM_DECLARE_CPU_BF16.
+BF16_UNITS = ("attention_decode_cpu",)
+
 
 def fail(message: str) -> None:
     sys.exit(f"warploom: {message}")
@@ -216,12 +225,10 @@ class BuildNative(build_ext):
         ninja.rule("seam", f"{cxx_base} -O2 {seam} {cuda} -c $in -o $out", True)
         vector = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math"
         on_x86 = platform.machine() == "x86_64"
-        for isa in ("v3", "v4"):
-            march = f"-march=x86-64-{isa}" if on_x86 else "-DWARPLOOM_CPU_SINGLE"
-            wide = "-mprefer-vector-width=512" if on_x86 and isa == "v4" else ""
+        for isa, march in (CPU_ISAS if on_x86 else {"v3": "-DWARPLOOM_CPU_SINGLE"}).items():
             ninja.rule(
                 f"cpu_{isa}",
-                f"{cxx_base} {vector} {march} {wide} -DWARPLOOM_CPU_ISA={isa} -c $in -o $out",
+                f"{cxx_base} {vector} {march} -DWARPLOOM_CPU_ISA={isa} -c $in -o $out",
                 True,
             )
         libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10"
@@ -274,9 +281,11 @@ class BuildNative(build_ext):
         ]
         for source in sorted(CSRC.glob("*/*_ops.cpp")):
             objects.append(ninja.edge("seam", out / f"{source.stem}.o", [source]))
-        isas = ("v3", "v4") if platform.machine() == "x86_64" else ("v3",)
+        on_x86 = platform.machine() == "x86_64"
         for source in sorted(CSRC.glob("*/*_cpu.cpp")):
-            for isa in isas:
+            for isa in CPU_ISAS if on_x86 else ("v3",):
+                if isa == "v4_bf16" and source.stem not in BF16_UNITS:
+                    continue
                 objects.append(ninja.edge(f"cpu_{isa}", out / f"{source.stem}_{isa}.o", [source]))
         logs = []
         if cuda_home:

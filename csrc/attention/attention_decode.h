@@ -44,7 +44,7 @@ struct AttentionDecodeParams {
     DType dtype;
 };
 
-WARPLOOM_DECLARE_CPU(attention_decode_cpu, AttentionDecodeParams)
+WARPLOOM_DECLARE_CPU_BF16(attention_decode_cpu, AttentionDecodeParams)
 
 // How many splits fill the device, from sizes and the device's multiprocessors alone.
 int attention_decode_splits(const AttentionDecodeParams& params);

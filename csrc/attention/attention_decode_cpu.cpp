@@ -25,9 +25,6 @@ namespace {
 // kTileKeys.
 constexpr std::int64_t kPieceKeys = 256;
 
-// How many keys ahead memory is asked for.
-constexpr std::int64_t kAhead = 2 * kKeys;
-
 // The keys of a sequence that some query sees, and its pieces among the tasks.
 struct CachedSequence {
     std::int64_t length;
@@ -40,6 +37,12 @@ struct CachedSequence {
 template <typename T>
 class Decode {
     using W = Wide<T>;
+    using Products = RowProducts<T>;
+    using Query = typename Products::Query;
+
+    static constexpr int kKeys = Products::kKeys;
+    // How many keys ahead memory is asked for.
+    static constexpr std::int64_t kAhead = 2 * kKeys;
 
   public:
     explicit Decode(const AttentionDecodeParams& params)
@@ -117,12 +120,12 @@ class Decode {
 
     void load_queries(std::int64_t batch) {
         for (std::int64_t row = 0; row < rows_; ++row) {
-            W* to = queries_.data() + (batch * rows_ + row) * depth_;
+            Query* to = queries_.data() + (batch * rows_ + row) * depth_;
             const T* from =
                 static_cast<const T*>(params_.q) + offset(place(batch, row), params_.q_strides);
-            std::fill_n(to, depth_, W{0});
+            std::fill_n(to, depth_, Query{0});
             for (std::int64_t i = 0; i < params_.head_dim; ++i) {
-                to[widened_place<T>(i)] = widen(from[i]);
+                to[Products::query_place(i)] = Products::query_element(from[i]);
             }
         }
     }
@@ -172,7 +175,7 @@ class Decode {
     }
 
     void multiply_keys(std::int64_t batch, KeyRange tile, W* scores) const {
-        const W* queries = queries_.data() + batch * rows_ * depth_;
+        const Query* queries = queries_.data() + batch * rows_ * depth_;
         const T* rows[kKeys];
         const T* next[kKeys];
         for (std::int64_t key = tile.begin; key < tile.end; key += kKeys) {
@@ -187,7 +190,7 @@ class Decode {
             for (std::int64_t head = 0; head < params_.kv_heads; ++head) {
                 const std::int64_t first = head * group_rows_;
                 for_rows(group_rows_, [&]<int kQueries>(std::int64_t row) {
-                    query_products<kQueries, T>(
+                    Products::template query_products<kQueries>(
                         queries + (first + row) * depth_, depth_, rows, next,
                         head * params_.k_strides.head, params_.head_dim,
                         scores + (first + row) * kTileKeys + key - tile.begin, kTileKeys);
@@ -211,10 +214,10 @@ class Decode {
             for (std::int64_t head = 0; head < params_.kv_heads; ++head) {
                 const std::int64_t first = head * group_rows_;
                 for_rows(group_rows_, [&]<int kQueries>(std::int64_t row) {
-                    add_values<kQueries, T>(scores + (first + row) * kTileKeys + key - tile.begin,
-                                            kTileKeys, rows, next, head * params_.v_strides.head,
-                                            params_.value_dim, sums + (first + row) * columns_,
-                                            columns_);
+                    Products::template add_values<kQueries>(
+                        scores + (first + row) * kTileKeys + key - tile.begin, kTileKeys, rows,
+                        next, head * params_.v_strides.head, params_.value_dim,
+                        sums + (first + row) * columns_, columns_);
                 });
             }
         }
@@ -246,7 +249,7 @@ class Decode {
         const W factor = all.total == W{0} ? W{0} : W{1} / all.total;
         T* out = static_cast<T*>(params_.out) + offset(at, params_.out_strides);
         for (std::int64_t i = 0; i < params_.value_dim; ++i) {
-            out[i] = narrow<T>(sum[widened_place<T>(i)] * factor);
+            out[i] = narrow<T>(sum[Products::sum_place(i)] * factor);
         }
         static_cast<W*>(params_.lse)[at.batch_head * params_.query_length + at.query] =
             all.log_sum();
@@ -259,8 +262,8 @@ class Decode {
     const std::int64_t depth_;
     const std::int64_t columns_;
     const Scratch<CachedSequence> sequences_;
-    const Scratch<W> queries_;      // [batch, rows, depth], in the order of widened_place
-    W* sums_ = nullptr;             // [tasks, rows, columns], in that order too
+    const Scratch<Query> queries_;  // [batch, rows, depth], in the order of query_place
+    W* sums_ = nullptr;             // [tasks, rows, columns], in the order of sum_place
     Softmax<W>* states_ = nullptr;  // [tasks, rows]
 };
 
