@@ -275,6 +275,8 @@ def _make_functions(
 
     def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         overload = backward_op.overloads[ctx.chosen_backward]
+        # A traced backward is given zeros for them, beside DTensors plain ones.
+        grads = tuple(None if index in constants else grad for index, grad in enumerate(grads))
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(slots))
         saved = ctx.saved_tensors

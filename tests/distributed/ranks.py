@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120
+
+
+@functools.cache
+def both_ranks() -> Any:
+    """The mesh of two ranks, one object for every test: docs/distributed.md, Limits."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2,))
 
 
 def _serve(rank: int, size: int, store: str, calls: Any) -> None:

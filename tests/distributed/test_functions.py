@@ -8,6 +8,7 @@ import pytest
 import torch
 from warploom.ops.rope import apply_rotary
 
+from tests.distributed.ranks import both_ranks
 from tests.samples import PUBLIC
 
 # One worker runs them all, so that the ranks are started once.
@@ -40,11 +41,9 @@ def total(outputs: Any) -> Any:
     return sum((out * out).sum() for out in outputs)
 
 
-def compare(case: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
+def compare(case: str, traced: bool = False) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (2,))
     name, dims = CASES[case]
     function, shapes = PUBLIC[name]
     tensors = [torch.randn(*shape, requires_grad=True) for shape in shapes]
@@ -52,10 +51,13 @@ def compare(case: str) -> None:
     expected = torch.autograd.grad(total(outputs), tensors)
     sharded = [
         distribute_tensor(
-            tensor.detach(), mesh, [Replicate() if dim is None else Shard(dim)]
+            tensor.detach(), both_ranks(), [Replicate() if dim is None else Shard(dim)]
         ).requires_grad_()
         for tensor, dim in zip(tensors, dims, strict=True)
     ]
+    if traced:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
     loss = total(function(*sharded))
     torch.testing.assert_close(loss.full_tensor(), total(outputs).detach(), rtol=1e-5, atol=1e-5)
     for got, want in zip(torch.autograd.grad(loss, sharded), expected, strict=True):
@@ -68,10 +70,9 @@ def test_function(ranks, case):
 
 
 def compare_rotary() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = both_ranks()
     x, angles = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(5, 4)
     out = apply_rotary(x, angles.cos(), angles.sin())
     out.square().sum().backward()
@@ -88,24 +89,11 @@ def test_rotary(ranks):
     ranks.run(compare_rotary)
 
 
-def compiled() -> None:
-    """The rules hold inside a traced graph."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2,))
-    function, shapes = PUBLIC["rms_norm"]
-    tensors = [torch.randn(*shape) for shape in shapes]
-    sharded = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, [Shard(0), Replicate()])]
-    for tensor in (*tensors, *sharded):
-        tensor.requires_grad_()
-    total(function(*tensors)).backward()
-    traced = torch.compile(function, backend="aot_eager", fullgraph=True)
-    total(traced(*sharded)).backward()
-    for tensor, whole in zip(sharded, tensors, strict=True):
-        torch.testing.assert_close(tensor.grad.full_tensor(), whole.grad)
-
-
 @pytest.mark.slow
-def test_compiled(ranks):
-    ranks.run(compiled)
+@pytest.mark.parametrize(
+    "case",
+    ["rms_norm", "rms_norm with residual", "attention, heads", "attention with lse, heads"],
+)
+def test_compiled(ranks, case):
+    """The rules hold inside a traced graph."""
+    ranks.run(compare, case, True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
 
+from tests.distributed.ranks import both_ranks
+
 # One worker runs them all, so that the ranks are started once.
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -51,12 +53,11 @@ def parallelize(model: Llama, kind: str, **options: Any) -> tuple[Llama, slice]:
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
     if kind == "fsdp":
-        return fully_shard_model(model, init_device_mesh("cpu", (2,)), **options), mine
+        return fully_shard_model(model, both_ranks(), **options), mine
     if kind == "tp":
-        return tensor_parallel(model, init_device_mesh("cpu", (2,))), slice(None)
+        return tensor_parallel(model, both_ranks()), slice(None)
     if kind == "tp and sequence":
-        mesh = init_device_mesh("cpu", (2,))
-        return tensor_parallel(model, mesh, sequence_parallel=True), slice(None)
+        return tensor_parallel(model, both_ranks(), sequence_parallel=True), slice(None)
     if kind == "fsdp, replicated":
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
         return fully_shard_model(model, mesh, **options), slice(None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from warploom import _sharding
 from warploom._library import OPS
 
+from tests.distributed.ranks import both_ranks
 from tests.samples import OP_ARGS
 
 # One worker runs them all, so that the ranks are started once.
@@ -180,10 +181,9 @@ def _outputs(results: Any) -> list[Any]:
 
 def check(case: str, backend: str) -> int:
     """Run the case with every placement that its rule offers; returns how many there are."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = both_ranks()
     name, build, _ = CASES[case]
     overload = OPS[name].overloads[backend]
     args = build(lambda *shape: torch.randn(*shape, dtype=torch.float64))
@@ -235,10 +235,9 @@ def test_heads_are_cut_where_their_groups_are():
 
 def append_to_replicated_cache() -> str:
     """k and v are sharded on the heads, the caches are not: whatever is chosen, the caches are written."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = both_ranks()
     op = OPS["attention_cache_append"].overloads["reference"]
     args = CASES["attention_cache_append, dense"][1](torch.randn)
     whole = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from warploom.triton_kernels.common.launch import next_power_of_2, warp_count
+from warploom.triton_kernels.common.launch import INTERPRETED, next_power_of_2, warp_count
 from warploom.triton_kernels.common.numerics import cast, dot
 
 BLOCK = 64
@@ -80,6 +80,15 @@ def test_dot_accumulates_in_float32(
     # 64 products and 65 additions, each with a relative error of 2^-24 of what is summed.
     bound = 65 * 2**-24 * (c.double().abs() + a.double().abs() @ b.double().abs())
     assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter alone")
+def test_interpreted_dot_rounds_once(random: Callable[..., Tensor]) -> None:
+    """So that a product's bits do not depend on the tile that it is part of."""
+    a, b = random(BLOCK, BLOCK), random(BLOCK, BLOCK)
+    out = torch.empty_like(a)
+    _dot_kernel[(1,)](a, b, torch.zeros_like(a), out, BLOCK=BLOCK)
+    assert torch.equal(out, (a.double() @ b.double()).float())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Products and conversions between number formats: the only two places where they may be written.
 
 On a GPU `dot` is `tl.dot` and `cast` is `.to`. Triton's interpreter cannot multiply bfloat16 and
-truncates when it narrows to it, so there both go through float32 and round to nearest even.
+truncates when it narrows to it, so there `cast` goes through float32 and rounds to nearest even. Its
+products are those of a BLAS, whose order of sums depends on the shape of the tile: the scores of
+attention's backward would not be the forward's, as they are on a GPU. So `dot` goes through float64.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ def dot(a, b, accumulator=None):
     """
     if INTERPRETED:
         product = tl.dot(
-            _cast_interpreted(a, tl.float32),
-            _cast_interpreted(b, tl.float32),
-            input_precision="ieee",
-        )
+            _cast_interpreted(a, tl.float32).to(tl.float64),
+            _cast_interpreted(b, tl.float32).to(tl.float64),
+            out_dtype=tl.float64,
+        ).to(tl.float32)
         if accumulator is None:
             return product
         else:

@@ -18,7 +18,8 @@ def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _statistics_dtype(q: Tensor) -> torch.dtype:
+def statistics_dtype(q: Tensor) -> torch.dtype:
+    """Of lse, sinks and slopes."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -26,7 +27,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     *rows, heads, _ = q.shape  # [B, Sq] or [Tq]
     out = q.new_empty((*rows, heads, v.shape[-1]))
     lse_shape = (*rows[:-1], heads, rows[-1])
-    return out, q.new_empty(lse_shape, dtype=_statistics_dtype(q))
+    return out, q.new_empty(lse_shape, dtype=statistics_dtype(q))
 
 
 def _fake_backward(
@@ -148,6 +149,10 @@ def _slope_gradients(
 
 attention_function = Differentiable(
     _attention_op, _attention_backward_op, save=_save, backward=_grads
+)
+#: For callers that keep the output alone: nothing is computed of the gradient of an lse that nothing uses.
+attention_without_lse_function = Differentiable(
+    _attention_op, _attention_backward_op, save=_save, backward=_grads, constants=(1,)
 )
 
 attention_decode_op = define(

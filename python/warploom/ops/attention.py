@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warploom.ops import _attention_arguments as arguments
 from warploom.ops import _attention_ops as ops
 from warploom.ops._check import (
     check_device,
@@ -38,103 +39,6 @@ from warploom.ops._check import (
 )
 
 _ALL_KEYS = (-1, -1)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating inputs to the autocast dtype where autocast is on: attention is a product."""
-    device_type = tensors[0].device.type
-    # Meta tensors know no autocast; asking torch whether a device does breaks the graph on 2.11.
-    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def _statistics_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _window(op: str, causal: bool, window: Sequence[int]) -> tuple[int, int]:
-    """(left, right) with the causal limit taken in."""
-    if len(window) != 2 or any(side < -1 for side in window):
-        fail(op, "window", "(left, right), each -1 (no limit) or more", tuple(window))
-    left, right = (int(side) for side in window)
-    return left, 0 if causal else right
-
-
-def _softcap(op: str, softcap: float) -> float:
-    if not softcap >= 0:
-        fail(op, "softcap", "a number >= 0 (0: none)", softcap)
-    return float(softcap)
-
-
-def _sinks(op: str, sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    """[H] in the statistics' dtype."""
-    if sinks is None:
-        return None
-    check_floating(op, "sinks", sinks)
-    check_device(op, "sinks", sinks, "q", q)
-    check_shape(op, "sinks", sinks, (q.shape[-2],))
-    return sinks.to(_statistics_dtype(q)).contiguous()
-
-
-def _slopes(op: str, slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
-    """[B, H] in the statistics' dtype."""
-    if slopes is None:
-        return None
-    check_floating(op, "alibi_slopes", slopes)
-    check_device(op, "alibi_slopes", slopes, "q", q)
-    heads = q.shape[-2]
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        fail(op, "alibi_slopes", f"shape {(heads,)} or {(batch, heads)}", tuple(slopes.shape))
-    return slopes.to(_statistics_dtype(q)).expand(batch, heads).contiguous()
-
-
-def _dropout(op: str, dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
-    """The seed, int64 [1] on q's device: the one given or a drawn one; None without dropout."""
-    if not 0 <= dropout_p < 1:
-        fail(op, "dropout_p", "a probability in [0, 1)", dropout_p)
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-    check_tensor(op, "seed", seed)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        fail(op, "seed", "an int64 tensor of one element", f"{seed.dtype} {tuple(seed.shape)}")
-    check_device(op, "seed", seed, "q", q)
-    return seed.reshape(1)
-
-
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
-    """k and v have one head count, which divides q's, and q's head dim is k's."""
-    heads, dim = q.shape[-2:]
-    kv_heads = k.shape[-2]
-    if k.shape[-1] != dim:
-        fail(op, names[0], f"q's head dim {dim}", tuple(k.shape))
-    if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
-        fail(op, names[1], f"shape {(*k.shape[:-1], v.shape[-1])}", tuple(v.shape))
-    if kv_heads == 0 or heads % kv_heads:
-        fail(op, names[0], f"a head count that divides q's {heads}", kv_heads)
-    if dim == 0 or v.shape[-1] == 0:
-        fail(op, "q" if dim == 0 else names[1], "a head dim of at least 1", 0)
-
-
-def _check_int32(op: str, name: str, value: Tensor, q: Tensor, shape: Sequence[int | None]) -> None:
-    check_tensor(op, name, value)
-    if value.dtype != torch.int32:
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name}: expected dtype int32, got {dtype}")
-    check_device(op, name, value, "q", q)
-    fits = value.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape)
-    )
-    if not fits:
-        expected = ", ".join("*" if size is None else str(size) for size in shape)
-        fail(op, name, f"shape ({expected})", tuple(value.shape))
-
-
-def _scale(softmax_scale: float | None, dim: int) -> float:
-    return dim**-0.5 if softmax_scale is None else float(softmax_scale)
 
 
 def attention(
@@ -195,17 +99,17 @@ def attention(
         check_floating(op, name, tensor)
         check_dim(op, name, tensor, 4, "[B, S, H, D]")
     if bias is None:
-        q, k, v = _autocast(q, k, v)
+        q, k, v = arguments.autocast(q, k, v)
     else:
         check_floating(op, "bias", bias)
-        q, k, v, bias = _autocast(q, k, v, bias)
+        q, k, v, bias = arguments.autocast(q, k, v, bias)
         check_same(op, "bias", bias, "q", q)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "q", q)
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     check_shape(op, "k", k, (batch, keys, k.shape[2], dim))
-    _check_heads(op, q, k, v, ("k", "v"))
+    arguments.check_heads(op, q, k, v, ("k", "v"))
     if bias is not None:
         full = (batch, heads, queries, keys)
         if bias.dim() != 4 or any(have not in (1, want) for have, want in zip(bias.shape, full)):
@@ -219,21 +123,22 @@ def attention(
             )
         check_device(op, "key_padding_mask", key_padding_mask, "q", q)
         check_shape(op, "key_padding_mask", key_padding_mask, (batch, keys))
-    out, lse = ops.attention_function(
+    function = ops.attention_function if return_lse else ops.attention_without_lse_function
+    out, lse = function(
         q,
         k,
         v,
         bias,
-        _slopes(op, alibi_slopes, q, batch),
-        _sinks(op, sinks, q),
+        arguments.slopes(op, alibi_slopes, q, batch),
+        arguments.sinks(op, sinks, q),
         key_padding_mask,
         None,
         None,
         None,
-        _dropout(op, dropout_p, seed, q),
-        _scale(softmax_scale, dim),
-        *_window(op, causal, window),
-        _softcap(op, softcap),
+        arguments.dropout(op, dropout_p, seed, q),
+        arguments.scale(softmax_scale, dim),
+        *arguments.window(op, causal, window),
+        arguments.softcap(op, softcap),
         float(dropout_p),
         queries,
         keys,
@@ -289,17 +194,17 @@ def attention_varlen(
     layout = "[Tk, Hkv, D]" if block_table is None else "[num_blocks, page_size, Hkv, D]"
     for name, tensor in (("k", k), ("v", v)):
         check_dim(op, name, tensor, 3 if block_table is None else 4, layout)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = arguments.autocast(q, k, v)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "q", q)
-    _check_heads(op, q, k, v, ("k", "v"))
-    _check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    arguments.check_heads(op, q, k, v, ("k", "v"))
+    arguments.check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, (None,))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0:
         fail(op, "cu_seqlens_q", "at least 1 element", 0)
-    _check_int32(op, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
+    arguments.check_int32(op, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
     if block_table is not None:
-        _check_int32(op, "block_table", block_table, q, (batch, None))
+        arguments.check_int32(op, "block_table", block_table, q, (batch, None))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
             raise RuntimeError(
                 f"{op}: block_table: expected tensors that need no gradient, got one that does: "
@@ -308,21 +213,22 @@ def attention_varlen(
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value < 0:
             fail(op, name, "a length >= 0", value)
-    out, lse = ops.attention_function(
+    function = ops.attention_function if return_lse else ops.attention_without_lse_function
+    out, lse = function(
         q,
         k,
         v,
         None,
-        _slopes(op, alibi_slopes, q, batch),
-        _sinks(op, sinks, q),
+        arguments.slopes(op, alibi_slopes, q, batch),
+        arguments.sinks(op, sinks, q),
         None,
         cu_seqlens_q,
         cu_seqlens_k,
         block_table,
-        _dropout(op, dropout_p, seed, q),
-        _scale(softmax_scale, q.shape[-1]),
-        *_window(op, causal, window),
-        _softcap(op, softcap),
+        arguments.dropout(op, dropout_p, seed, q),
+        arguments.scale(softmax_scale, q.shape[-1]),
+        *arguments.window(op, causal, window),
+        arguments.softcap(op, softcap),
         float(dropout_p),
         int(max_seqlen_q),
         int(max_seqlen_k),
@@ -396,10 +302,10 @@ def attention_decode(
                 "decoding is not differentiable, `attention` is"
             )
     batch, queries, _, dim = q.shape
-    _check_heads(op, q, k_cache, v_cache, ("k_cache", "v_cache"))
-    _check_int32(op, "cache_seqlens", cache_seqlens, q, (batch,))
+    arguments.check_heads(op, q, k_cache, v_cache, ("k_cache", "v_cache"))
+    arguments.check_int32(op, "cache_seqlens", cache_seqlens, q, (batch,))
     if block_table is not None:
-        _check_int32(op, "block_table", block_table, q, (batch, None))
+        arguments.check_int32(op, "block_table", block_table, q, (batch, None))
     elif k_cache.shape[0] != batch:
         fail(op, "k_cache", f"q's batch {batch}", tuple(k_cache.shape))
     if num_splits < 0:
@@ -423,11 +329,11 @@ def attention_decode(
         v_cache,
         cache_seqlens,
         block_table,
-        _slopes(op, alibi_slopes, q, batch),
-        _sinks(op, sinks, q),
-        _scale(softmax_scale, dim),
-        *_window(op, causal, window),
-        _softcap(op, softcap),
+        arguments.slopes(op, alibi_slopes, q, batch),
+        arguments.sinks(op, sinks, q),
+        arguments.scale(softmax_scale, dim),
+        *arguments.window(op, causal, window),
+        arguments.softcap(op, softcap),
         int(num_splits),
         int(split_size),
     )
@@ -495,8 +401,8 @@ def merge_attention(
     *rows, heads, _ = out1.shape
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         check_tensor(op, name, lse)
-        if lse.dtype != _statistics_dtype(out1):
-            raise TypeError(f"{op}: {name}: expected {_statistics_dtype(out1)}, got {lse.dtype}")
+        if lse.dtype != ops.statistics_dtype(out1):
+            raise TypeError(f"{op}: {name}: expected {ops.statistics_dtype(out1)}, got {lse.dtype}")
         check_device(op, name, lse, "out1", out1)
         check_shape(op, name, lse, (*rows[:-1], heads, rows[-1]))
     if packed:
