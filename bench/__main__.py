@@ -17,7 +17,7 @@ import torch
 
 from bench.harness import Row, measure
 
-FAMILIES = ("norm", "rope", "activation", "attention")
+FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla")
 
 
 def machine(device: str) -> str:

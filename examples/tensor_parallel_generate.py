@@ -1,8 +1,9 @@
-"""Continues a text with a LLaMA whose layers are cut over all processes.
+"""Continues a text with a language model whose layers are cut over all processes.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel_generate.py out/fsdp "The kernel"
 
-The directory is one that `Llama.from_pretrained` reads; without a tokenizer.json in it a token is a byte.
+The directory is one that `warploom.models.auto.load_model` reads, a LLaMA or a DeepSeek; without a
+tokenizer.json in it a token is a byte.
 Over nccl where there are GPUs, one a process, else over gloo.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from warploom.models.llama import Llama
+from warploom.models.auto import load_model
 from warploom.models.parallel import tensor_parallel
 from warploom.recipes.text_corpus import load_tokenizer
 
@@ -36,7 +37,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    model = tensor_parallel(Llama.from_pretrained(args.directory), mesh)
+    model = tensor_parallel(load_model(args.directory), mesh)
 
     tokenizer = None
     if (args.directory / "tokenizer.json").is_file():

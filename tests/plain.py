@@ -63,6 +63,13 @@ def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def grouped_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """One product per group of `sizes` rows; rows behind the last group give 0."""
+    used = sum(sizes)
+    parts = [rows @ matrix.T for rows, matrix in zip(x[:used].split(sizes), weight)]
+    return torch.cat((*parts, x.new_zeros(x.shape[0] - used, weight.shape[1])))
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -144,3 +151,27 @@ def packed_attention(
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def latent_attention(
+    q: Tensor,
+    rows: Tensor,
+    lengths: Any,
+    d_latent: int,
+    softmax_scale: float,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """q [B, Sq, H, D] on the first lengths[b] of rows [B, Sk, D], valued by their first d_latent features."""
+    outs, lses = [], []
+    for one_q, one_rows, length in zip(q, rows, lengths):
+        queries, keys = one_q.shape[0], one_rows[:length]
+        scores = torch.einsum("qhd,kd->hqk", one_q, keys) * softmax_scale
+        if causal:
+            seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+            scores = scores.masked_fill(~seen, -float("inf"))
+        some = ~torch.isneginf(scores).all(-1, keepdim=True)  # no key at all: none
+        weights = torch.softmax(scores.masked_fill(~some, 0.0), dim=-1) * some
+        outs.append(torch.einsum("hqk,kd->qhd", weights, keys[:, :d_latent]))
+        safe = torch.logsumexp(scores.masked_fill(~some, 0.0), dim=-1)
+        lses.append(torch.where(some.squeeze(-1), safe, -float("inf")))
+    return torch.stack(outs), torch.stack(lses)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_varlen, merge_attention
+from warploom.ops.grouped_linear import grouped_linear
+from warploom.ops.mla import mla_absorbed, mla_prefill
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
 from warploom.reference import attention as attention_reference
+from warploom.reference import mla as mla_reference
 from warploom.reference import norm as norm_reference
 
 
@@ -86,6 +89,41 @@ def _table(make: Callable[..., Tensor]) -> Tensor:
     return table if table.dtype == torch.float64 else table.float()
 
 
+def _mla_decode(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """Three pages of 4 rows for two sequences of 5 and 3 tokens, latents of 32 and rotary keys of 16."""
+    q, cache = make(2, 2, 4, 48), make(3, 4, 48)
+    lengths = torch.tensor([5, 3], dtype=torch.int32, device=q.device)
+    table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32, device=q.device)
+    return q, cache, lengths, table, 32, 0.25, True, 2, 0
+
+
+def _mla_absorbed_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    q, kv = make(2, 3, 4, 48), make(2, 7, 48)
+    lengths = torch.tensor([7, 4], dtype=torch.int32, device=q.device)
+    out, lse = mla_reference.mla_decode(q, kv, lengths, None, 32, 0.25, True, 0, 0)
+    return make(2, 3, 4, 32), q, kv, out, lse, torch.randn_like(lse), lengths, 32, 0.25, True
+
+
+def _mla_cache_append(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    _, cache, lengths, table, *_ = _mla_decode(make)
+    cos = make(9, 8)
+    cos = cos if cos.dtype == torch.float64 else cos.float()
+    return make(2, 2, 48), make(32), cache, lengths, table, None, cos, cos, 1e-6, True
+
+
+def _offsets(x: Tensor, *bounds: int) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32, device=x.device)
+
+
+def _grouped_linear(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x, weight = make(7, 24), make(3, 16, 24)
+    return x, weight, _offsets(x, 0, 4, 4, 6)
+
+
+def _grouped_linear_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    return make(7, 16), *_grouped_linear(make), True, True
+
+
 #: Arguments of `torch.ops.warploom.<name>.<backend>`.
 OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "rms_norm": lambda make: (make(3, 24), make(24), 1e-6),
@@ -109,6 +147,11 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "attention_cache_append": _cache_append,
     "merge_attention": _merge,
     "merge_attention_backward": _merge_backward,
+    "grouped_linear": _grouped_linear,
+    "grouped_linear_backward": _grouped_linear_backward,
+    "mla_decode": _mla_decode,
+    "mla_absorbed_backward": _mla_absorbed_backward,
+    "mla_cache_append": _mla_cache_append,
 }
 
 
@@ -169,6 +212,24 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "merge_attention": (
         merge_attention,
         [(2, 5, 4, 8), (2, 4, 5), (2, 5, 4, 8), (2, 4, 5)],
+    ),
+    "grouped_linear": (
+        lambda x, weight, backend=None: grouped_linear(
+            x, weight, _offsets(x, 0, 4, 4, 6), backend=backend
+        ),
+        [(7, 24), (3, 16, 24)],
+    ),
+    "mla_absorbed": (
+        lambda q, kv, backend=None: mla_absorbed(
+            q, kv, d_latent=32, softmax_scale=0.25, return_lse=True, backend=backend
+        ),
+        [(2, 3, 4, 48), (2, 7, 48)],
+    ),
+    "mla_prefill": (
+        lambda q, latent, k_rope, weight, backend=None: mla_prefill(
+            q, latent, k_rope, weight, softmax_scale=0.25, return_lse=True, backend=backend
+        ),
+        [(2, 5, 4, 24), (2, 5, 32), (2, 5, 8), (4 * (16 + 8), 32)],
     ),
     "attention with lse": (
         lambda q, k, v, backend=None: attention(q, k, v, return_lse=True, backend=backend),

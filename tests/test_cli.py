@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("info", "demo", "generate", "pretrain", "bench"):
+    for command in ("info", "demo", "generate", "pretrain", "kv-cache", "convert", "bench"):
         assert re.search(rf"\b{command}\b", out)
 
 
@@ -157,6 +157,60 @@ def test_pretrain_trains_and_resumes(run: Run, tmp_path: Path) -> None:
     assert status == 1
     assert "resume it or name another folder" in err
     assert run("pretrain", *options, "--resume")[0] == 0
+
+
+def perplexities(table: str) -> list[float]:
+    """The last column of the two lines of a convert command's table."""
+    return [float(number) for number in re.findall(r"([\d.e+]+) *│\n", table)]
+
+
+def test_convert_mla_keeps_the_model_and_its_tokenizer(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "latent"
+    text.write_text("Return the value of the function. The function has a value. " * 9)
+    options = ("--model", model, "--text", text, "--context", "32", "--output", output)
+    status, out, _ = run("convert", "mla", *options)
+    assert status == 0
+    before, after = perplexities(out)
+    assert before == pytest.approx(after, rel=1e-3)
+    assert re.search(r"MHA\W+64\W+128", out) and re.search(r"MLA\W+64\W+128", out)
+    prompt = ("--prompt", "Return", "--max-new-tokens", "9")
+    assert run("generate", "--model", output, *prompt) == run("generate", "--model", model, *prompt)
+
+    cut = ("--latent", "16", "--rope", "16", "--calibration", text)
+    status, out, _ = run("convert", "mla", *options, *cut)
+    assert status == 0 and re.search(r"MLA\W+32\W+64", out)
+    before, after = perplexities(out)
+    assert before != pytest.approx(after, rel=1e-3)
+
+
+def test_convert_gqa_pools_heads(run: Run, model: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "--output", tmp_path / "pooled", "--kv-heads", "1")
+    status, out, _ = run("convert", "gqa", *options)
+    assert status == 0 and re.search(r"MHA\W+64\W+128", out) and re.search(r"MQA\W+32\W+64", out)
+    assert perplexities(out) == []
+    assert Llama.from_pretrained(tmp_path / "pooled").config.num_key_value_heads == 1
+    assert (tmp_path / "pooled" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("gqa", "--kv-heads", "3", "--output", "{new}"), "expected a divisor of 2, got 3"),
+        (("mla", "--latent", "0", "--output", "{new}"), "d_latent: expected 1 or more, got 0"),
+        (("mla", "--output", "{model}"), "output: expected another directory than the model's"),
+        (("mla", "--text", "{new}", "--output", "{new}"), "No such file"),
+    ],
+    ids=["heads", "latent", "output", "text"],
+)
+def test_a_conversions_mistake_is_one_sentence(
+    run: Run, model: Path, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    words = [word.format(model=model, new=tmp_path / "new") for word in arguments]
+    status, _, err = run("convert", words[0], "--model", model, *words[1:])
+    assert status == 1 and err.count("\n") == 1 and sentence in err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

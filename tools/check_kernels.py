@@ -33,7 +33,9 @@ TABLE = CSRC / "resources.json"
 #: Every chip that the library supports has one of these; the default build holds two of them.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 #: CPU seconds of all architectures together, per family: the compile-time budget.
-FAMILY_SECONDS = {"norm": 120, "rope": 60, "activation": 60, "attention": 480}
+FAMILY_SECONDS = {
+    "norm": 120, "rope": 60, "activation": 60, "grouped_linear": 120, "attention": 480, "mla": 300,
+}  # fmt: skip
 
 
 def nvcc() -> str:

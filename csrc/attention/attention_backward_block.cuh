@@ -138,14 +138,15 @@ WARPLOOM_DEVICE void fill_queries(typename Traits::SharedPlan& shared, First& fi
     const HeadStrides& grad_strides = attention.grad_out_strides;
     fill_rows<kRows, Traits::kThreads>(
         first, kept,
-        Rows<T>{static_cast<const T*>(attention.q) +
-                    row_offset(strides, task.sequence.batch, row, head),
-                strides.sequence, rows, attention.head_dim, params.copy_bytes.q});
+        MatrixRows<T>{static_cast<const T*>(attention.q) +
+                          row_offset(strides, task.sequence.batch, row, head),
+                      strides.sequence, rows, attention.head_dim, params.copy_bytes.q});
     fill_rows<kRows, Traits::kThreads>(
         second, kept,
-        Rows<T>{static_cast<const T*>(attention.grad_out) +
-                    row_offset(grad_strides, task.sequence.batch, row, head),
-                grad_strides.sequence, rows, attention.value_dim, params.copy_bytes.grad_out});
+        MatrixRows<T>{static_cast<const T*>(attention.grad_out) +
+                          row_offset(grad_strides, task.sequence.batch, row, head),
+                      grad_strides.sequence, rows, attention.value_dim,
+                      params.copy_bytes.grad_out});
     static_assert(kRows <= Traits::kThreads, "fill_queries: a thread copies one row's statistics");
     const int index = static_cast<int>(threadIdx.x);
     if (index < kRows) {
@@ -170,15 +171,15 @@ WARPLOOM_DEVICE void fill_keys(First& first, Second& second, int kept, const Bac
     const HeadStrides& value_strides = attention.v_strides;
     fill_rows<kRows, Traits::kThreads>(
         first, kept,
-        Rows<T>{static_cast<const T*>(attention.k) +
-                    row_offset(strides, task.sequence.batch, row, task.kv_head),
-                strides.sequence, rows, attention.head_dim, params.copy_bytes.k});
+        MatrixRows<T>{static_cast<const T*>(attention.k) +
+                          row_offset(strides, task.sequence.batch, row, task.kv_head),
+                      strides.sequence, rows, attention.head_dim, params.copy_bytes.k});
     if constexpr (Traits::kOwnsQueries || Traits::kSumsFirst) {
         fill_rows<kRows, Traits::kThreads>(
             second, kept,
-            Rows<T>{static_cast<const T*>(attention.v) +
-                        row_offset(value_strides, task.sequence.batch, row, task.kv_head),
-                    value_strides.sequence, rows, attention.value_dim, params.copy_bytes.v});
+            MatrixRows<T>{static_cast<const T*>(attention.v) +
+                              row_offset(value_strides, task.sequence.batch, row, task.kv_head),
+                          value_strides.sequence, rows, attention.value_dim, params.copy_bytes.v});
     }
 }
 

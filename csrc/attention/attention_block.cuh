@@ -79,7 +79,7 @@ WARPLOOM_DEVICE void fill_from_sequence(Tile& tile, int kept, const void* tensor
         const T* first = elements + row_offset(strides, task.sequence.batch,
                                                task.sequence.first_key + first_key, task.kv_head);
         fill_rows<Traits::kKeys, Traits::kThreads>(
-            tile, kept, Rows<T>{first, strides.sequence, rows, columns, copy_bytes});
+            tile, kept, MatrixRows<T>{first, strides.sequence, rows, columns, copy_bytes});
     } else {
         const PagedRows<T> source = {
             .pages = elements + task.kv_head * strides.head,
@@ -120,8 +120,8 @@ WARPLOOM_DEVICE void fill_queries(typename Traits::SharedPlan& shared, const Blo
     const T* first = static_cast<const T*>(attention.q) +
                      row_offset(attention.q_strides, task.sequence.batch,
                                 task.sequence.first_query + task.first_query, task.head);
-    const Rows<T> queries = {first, attention.q_strides.sequence, task.queries, attention.head_dim,
-                             params.copy_bytes.q};
+    const MatrixRows<T> queries = {first, attention.q_strides.sequence, task.queries,
+                                   attention.head_dim, params.copy_bytes.q};
     fill_rows<Traits::kQueries, Traits::kThreads>(shared.queries, 0, queries);
 }
 

@@ -5,26 +5,13 @@
 #include "attention/attention_decode.h"
 #include "common/cpu_float.h"
 #include "common/parallel.h"
+#include "rope/turn_cpu.h"
 
 namespace warploom::attention {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
-using namespace ::warploom::WARPLOOM_CPU_ISA;
-
-// The first pairs of features that are `partner` apart, one pair every `step`, turned.
-template <typename T>
-void rotate(const T* k, const Wide<T>* cos, const Wide<T>* sin, std::int64_t pairs,
-            std::int64_t step, std::int64_t partner, T* out) {
-    using W = Wide<T>;
-#pragma omp simd
-    for (std::int64_t i = 0; i < pairs; ++i) {
-        const W first = widen(k[i * step]);
-        const W second = widen(k[i * step + partner]);
-        out[i * step] = narrow<T>(first * cos[i] - second * sin[i]);
-        out[i * step + partner] = narrow<T>(second * cos[i] + first * sin[i]);
-    }
-}
+using namespace rope::WARPLOOM_CPU_ISA;
 
 template <typename T>
 void write_row(const CacheAppendParams& params, std::int64_t batch, std::int64_t step) {
@@ -48,17 +35,14 @@ void write_row(const CacheAppendParams& params, std::int64_t batch, std::int64_t
     };
     const std::int64_t pairs = params.rotary_dim / 2;
     const std::int64_t table_row = std::min<std::int64_t>(position, params.table_rows - 1) * pairs;
+    const W* cos = static_cast<const W*>(params.cos) + table_row;
+    const W* sin = static_cast<const W*>(params.sin) + table_row;
     for (std::int64_t head = 0; head < params.kv_heads; ++head) {
         const T* k = static_cast<const T*>(params.k) + at(params.k_strides, batch, step, head);
         const T* v = static_cast<const T*>(params.v) + at(params.v_strides, batch, step, head);
         T* k_to = static_cast<T*>(params.k_cache) + at(params.k_cache_strides, block, slot, head);
         T* v_to = static_cast<T*>(params.v_cache) + at(params.v_cache_strides, block, slot, head);
-        if (pairs > 0) {
-            rotate(k, static_cast<const W*>(params.cos) + table_row,
-                   static_cast<const W*>(params.sin) + table_row, pairs, params.interleaved ? 2 : 1,
-                   params.interleaved ? 1 : pairs, k_to);
-        }
-        std::copy(k + 2 * pairs, k + params.head_dim, k_to + 2 * pairs);
+        turn(params.interleaved, k, cos, sin, W{1}, pairs, params.head_dim, k_to);
         std::copy_n(v, params.value_dim, v_to);
     }
 }

@@ -87,13 +87,12 @@ void launch_decode(const AttentionDecodeParams& params, Stream stream) {
         launch_parts<DecodeTraits<T, 256>>(params, stream);
     }
     if (params.num_splits > 1) {
-        using Traits = CombineTraits<T>;
         const std::int64_t rows =
             static_cast<std::int64_t>(params.batch) * params.heads * params.query_length;
-        device::launch(attention_decode_combine_kernel<Traits>,
+        device::launch(attention_decode_combine_kernel<T>,
                        {.grid = dim3(checked_grid(rows)),
-                        .threads = Traits::kThreads,
-                        .shared_bytes = sizeof(typename Traits::SharedPlan)},
+                        .threads = Combine::kThreads,
+                        .shared_bytes = sizeof(Combine::SharedPlan)},
                        stream, params);
     }
 }

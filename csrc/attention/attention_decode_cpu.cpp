@@ -229,23 +229,7 @@ class Decode {
         const Softmax<W>* states = states_ + sequence.first_task * rows_ + row;
         const W* sums = sums_ + (sequence.first_task * rows_ + row) * columns_;
         Softmax<W> all = Softmax<W>::start(params_.scoring, at.head);
-        for (std::int64_t piece = 0; piece < sequence.pieces; ++piece) {
-            all.maximum = std::max(all.maximum, states[piece * rows_].maximum);
-        }
-        const W base = all.maximum == kNothing<W> ? W{0} : all.maximum;
-        if (params_.scoring.sinks != nullptr) {
-            all.total = exponential(static_cast<const W*>(params_.scoring.sinks)[at.head] - base);
-        }
-        std::fill_n(sum, columns_, W{0});
-        for (std::int64_t piece = 0; piece < sequence.pieces; ++piece) {
-            const W factor = exponential(states[piece * rows_].maximum - base);
-            const W* from = sums + piece * rows_ * columns_;
-            all.total += states[piece * rows_].total * factor;
-#pragma omp simd
-            for (std::int64_t i = 0; i < columns_; ++i) {
-                sum[i] += from[i] * factor;
-            }
-        }
+        all.merge(states, rows_, sums, rows_ * columns_, sequence.pieces, columns_, sum);
         const W factor = all.total == W{0} ? W{0} : W{1} / all.total;
         T* out = static_cast<T*>(params_.out) + offset(at, params_.out_strides);
         for (std::int64_t i = 0; i < params_.value_dim; ++i) {

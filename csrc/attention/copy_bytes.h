@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/copy_bytes.h"
 
 namespace warploom::attention {
 
@@ -14,11 +15,11 @@ inline int copy_bytes(const void* tensor, const HeadStrides& strides, int batch,
     const auto bytes = [&](std::int64_t elements) {
         return static_cast<std::uint64_t>(elements) * static_cast<std::uint64_t>(element_bytes);
     };
-    std::uint64_t bits = reinterpret_cast<std::uintptr_t>(tensor) | bytes(columns) | 16;
+    std::uint64_t bits = reinterpret_cast<std::uintptr_t>(tensor) | bytes(columns);
     bits |= batch > 1 ? bytes(strides.batch) : 0;
     bits |= length > 1 ? bytes(strides.sequence) : 0;
     bits |= heads > 1 ? bytes(strides.head) : 0;
-    return static_cast<int>(bits & (~bits + 1));
+    return copy_unit(bits);
 }
 
 }  // namespace warploom::attention

@@ -171,6 +171,29 @@ struct Softmax {
         total += added;
     }
 
+    // Adds pieces of the row's keys to what has no sum yet, a sink or nothing: piece p has
+    // states[p * state_stride] and the sum in sums[p * sum_stride]. `sum` gets that of all.
+    void merge(const Softmax* states, std::int64_t state_stride, const W* sums,
+               std::int64_t sum_stride, std::int64_t pieces, std::int64_t columns, W* sum) {
+        const W own = maximum;
+        for (std::int64_t piece = 0; piece < pieces; ++piece) {
+            maximum = std::max(maximum, states[piece * state_stride].maximum);
+        }
+        const W base = maximum == kNothing<W> ? W{0} : maximum;
+        total *= exponential(own - base);
+        std::fill_n(sum, columns, W{0});
+        for (std::int64_t piece = 0; piece < pieces; ++piece) {
+            const Softmax& state = states[piece * state_stride];
+            const W factor = exponential(state.maximum - base);
+            const W* from = sums + piece * sum_stride;
+            total += state.total * factor;
+#pragma omp simd
+            for (std::int64_t i = 0; i < columns; ++i) {
+                sum[i] += from[i] * factor;
+            }
+        }
+    }
+
     W log_sum() const { return total == W{0} ? kNothing<W> : maximum + std::log(total); }
 };
 

@@ -70,8 +70,8 @@ inline Sequence sequence_of(const Sequences& sequences, std::int64_t batch) {
 }
 
 // The last of `count` ascending numbers that is at most `value`; the first one is.
-inline std::int64_t last_at_most(const std::int64_t* numbers, std::int64_t count,
-                                 std::int64_t value) {
+template <typename Number>
+std::int64_t last_at_most(const Number* numbers, std::int64_t count, std::int64_t value) {
     std::int64_t begin = 0;
     for (std::int64_t end = count; end - begin > 1;) {
         const std::int64_t middle = (begin + end) / 2;

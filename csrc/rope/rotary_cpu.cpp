@@ -8,12 +8,11 @@
 
 #include "common/cpu_float.h"
 #include "common/parallel.h"
+#include "rope/turn_cpu.h"
 
 namespace warploom::rope {
 namespace WARPLOOM_CPU_ISA {
 namespace {
-
-using namespace ::warploom::WARPLOOM_CPU_ISA;
 
 // Elements that are worth waking a thread for.
 constexpr std::int64_t kGrain = 16384;
@@ -40,26 +39,6 @@ void check_positions(const RotaryParams& params) {
     }
 }
 
-// One head of one token. `direction` is 1, or -1 to turn the other way.
-template <bool kInterleaved, typename T>
-void turn(const T* __restrict x, const Wide<T>* __restrict cos, const Wide<T>* __restrict sin,
-          Wide<T> direction, std::int64_t pairs, std::int64_t head_dim, T* __restrict out) {
-    using W = Wide<T>;
-    const std::int64_t step = kInterleaved ? 2 : 1;
-    const std::int64_t partner = kInterleaved ? 1 : pairs;
-#pragma omp simd
-    for (std::int64_t i = 0; i < pairs; ++i) {
-        const W first = widen(x[i * step]);
-        const W second = widen(x[i * step + partner]);
-        const W sine = direction * sin[i];
-        out[i * step] = narrow<T>(first * cos[i] - second * sine);
-        out[i * step + partner] = narrow<T>(second * cos[i] + first * sine);
-    }
-    for (std::int64_t i = 2 * pairs; i < head_dim; ++i) {
-        out[i] = x[i];
-    }
-}
-
 template <typename T>
 void rotate(const RotaryParams& params) {
     using W = Wide<T>;
@@ -78,11 +57,8 @@ void rotate(const RotaryParams& params) {
                          token % params.sequence * params.x_sequence_stride;
             T* out = static_cast<T*>(params.out) + token * token_size;
             for (std::int64_t head = 0; head < params.heads; ++head) {
-                (params.interleaved ? turn<true, T>
-                                    : turn<false, T>)(x + head * params.x_head_stride, cos, sin,
-                                                      direction, params.rotary_dim / 2,
-                                                      params.head_dim,
-                                                      out + head * params.head_dim);
+                turn(params.interleaved, x + head * params.x_head_stride, cos, sin, direction,
+                     params.rotary_dim / 2, params.head_dim, out + head * params.head_dim);
             }
         }
     });

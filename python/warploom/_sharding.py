@@ -173,6 +173,7 @@ def register(overloads: Sequence[Any], rules: Sequence[str]) -> None:
     """
     if not torch.distributed.is_available():
         return
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental import register_sharding
 
     parsed = [Rule.parse(rule) for rule in rules]
@@ -181,3 +182,9 @@ def register(overloads: Sequence[Any], rules: Sequence[str]) -> None:
     @register_sharding(list(overloads))  # type: ignore[untyped-decorator]
     def strategy(*args: Any) -> list[tuple[Any, Any]]:
         return _keeping_mutated(placements(parsed, schema, args), schema, args)
+
+    # DTensor remembers decisions by the tensors and by the scalars from the first int on. Flags decide too.
+    flags = [index for index, arg in enumerate(schema.arguments) if str(arg.type) == "bool"]
+    for overload in overloads:
+        known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[overload]
+        known.static_argnum = min([known.static_argnum, *flags])

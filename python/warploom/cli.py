@@ -49,7 +49,7 @@ def application() -> Any:
         steps: Annotated[int, option(min=1, help="Optimiser steps of the training.")] = 1100,
         op_tokens: Annotated[int, option(min=1, help="Size of the ops' inputs.")] = 1024,
     ) -> None:
-        """Train a small LLaMA, generate, compare with transformers, measure the ops."""
+        """Train a small LLaMA and a DeepSeek-V2, generate, compare with transformers, measure."""
         from warploom.recipes.demo import run_demo
 
         run_demo(output, steps=steps, op_tokens=op_tokens)
@@ -85,6 +85,16 @@ def application() -> Any:
         )
         print()
 
+    def kv_cache(
+        model: Annotated[str, option(help="Hugging Face directory, or a published shape's name.")],
+        context: Annotated[int, option(min=1, help="Tokens of a text.")] = 4096,
+        batch: Annotated[int, option(min=1, help="Texts.")] = 1,
+    ) -> None:
+        """Size of a model's cache, and what it would be with other kinds of attention."""
+        from warploom.recipes.kv_cache import cache_sizes, print_cache_sizes
+
+        print_cache_sizes(cache_sizes(model, context, batch), make_console())
+
     def bench(
         arguments: Annotated[
             list[str] | None, typer.Argument(help="Passed to the benches.")
@@ -95,7 +105,9 @@ def application() -> Any:
 
     for command in (info, demo, generate):
         app.command()(command)
+    app.command("kv-cache")(kv_cache)
     app.command("pretrain")(_pretrain_command(option))
+    app.add_typer(_convert_commands(typer), name="convert")
     app.command(context_settings={"ignore_unknown_options": True})(bench)
     return app
 
@@ -116,12 +128,68 @@ def run_bench(arguments: Sequence[str]) -> None:
     print_results(results, make_console())
 
 
+def _convert_commands(typer: Any) -> Any:
+    """The convert commands, one for each kind of attention."""
+    option = typer.Option
+    app = typer.Typer(help="Give a LLaMA another kind of attention.", no_args_is_help=True)
+    Directory = Annotated[Path, option(help="Hugging Face directory of a LLaMA or a relative.")]
+    Target = Annotated[Path, option(help="New directory, with the same tokenizer.")]
+    Text = Annotated[Path | None, option(help="UTF-8 file to measure both models' perplexity on.")]
+    Context = Annotated[
+        int, option(min=2, help="Tokens of a window of the text, and of the cache.")
+    ]
+
+    def gqa(
+        model: Directory,
+        output: Target,
+        kv_heads: Annotated[int, option(min=1, help="Key/value heads, a divisor of the model's.")],
+        text: Text = None,
+        context: Context = 2048,
+    ) -> None:
+        """Fewer key/value heads, each the mean of several: a start for further training."""
+        from warploom.recipes.convert import convert_to_gqa, print_measured
+
+        console = make_console()
+        measured = convert_to_gqa(model, output, kv_heads, text=text, context=context)
+        print_measured(measured, console)
+
+    def mla(
+        model: Directory,
+        output: Target,
+        latent: Annotated[int | None, option(help="Features of the latent; else all.")] = None,
+        rope: Annotated[int | None, option(help="Features of the rotary key; else all.")] = None,
+        calibration: Annotated[
+            Path | None, option(help="UTF-8 file; what it excites in the model is kept first.")
+        ] = None,
+        text: Text = None,
+        context: Context = 2048,
+    ) -> None:
+        """Latent attention: the same function with the whole sizes, close to it with smaller ones."""
+        from warploom.recipes.convert import convert_to_mla, print_measured
+
+        console = make_console()
+        measured = convert_to_mla(
+            model,
+            output,
+            d_latent=latent,
+            d_rope=rope,
+            calibration=calibration,
+            text=text,
+            context=context,
+        )
+        print_measured(measured, console)
+
+    for command in (gqa, mla):
+        app.command()(command)
+    return app
+
+
 def _pretrain_command(option: Callable[..., Any]) -> Callable[..., None]:
     """The pretrain command: one option for each field of ``PretrainConfig``, with its text."""
     from warploom.recipes.pretrain import PretrainConfig, pretrain
 
     def command(**values: Any) -> None:
-        """Train a LLaMA from random weights on a text, with the recipe of the LLaMA paper."""
+        """Train a language model from random weights on a text, with the recipe of the LLaMA paper."""
         print(pretrain(PretrainConfig(**values)))
 
     hints = get_type_hints(PretrainConfig, include_extras=True)

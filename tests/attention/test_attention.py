@@ -70,6 +70,12 @@ def test_gradients(backend, dtype, name):
 
 
 @every_backend
+@pytest.mark.parametrize("head_dim", [65, 129, 193])
+def test_gradients_one_past_a_width_that_kernels_are_made_for(backend, head_dim):
+    check(backend, True, inputs((2, 5, 9, 2, 1, head_dim, head_dim), torch.bfloat16))
+
+
+@every_backend
 def test_one_key_leaves_nothing_to_choose(backend):
     """softmax over one key is 1 whatever q and k are: their gradients are 0 up to rounding."""
     tensors = [tensor.requires_grad_() for tensor in inputs(SHAPES["one-token"], torch.float32)]

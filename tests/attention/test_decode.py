@@ -50,6 +50,8 @@ CASES = {
     "odd-head-dim": Case((37,) * 8, dim=59, value_dim=59, page_size=16),
     "one-channel": Case((18,), dim=1, value_dim=3),
     "several-queries-causal": Case((5, 64, 3), queries=5, heads=8, page_size=16),
+    # Every row of a tensor-core tile, each with maxima that rise from tile to tile.
+    "sixteen-rows-over-many-keys": Case((300, 200), queries=2, heads=16),
     "several-queries-full": Case((20, 2), queries=3, options={"causal": False}),
     "window": Case((130, 70), queries=2, options={"window": (20, 0)}),
     "window-both-sides": Case(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.test_deepseek import make
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -39,3 +41,11 @@ def test_pretrain_then_generate(tmp_path, tensor_parallel):
     assert float(out.rsplit(maxsplit=1)[-1]) < 2.0
     out = torchrun("tensor_parallel_generate.py", model, "abcdefgh", "--max-new-tokens", 8)
     assert out.strip() == "abcdefghabcdefgh"
+
+
+def test_generate_with_a_deepseek(tmp_path):
+    model = make(vocab_size=256, initializer_range=0.5, eos_token_id=None)
+    model.save_pretrained(tmp_path / "model")
+    [expected] = model.generate([list(b"abc")], 8)
+    out = torchrun("tensor_parallel_generate.py", tmp_path / "model", "abc", "--max-new-tokens", 8)
+    assert out.removesuffix("\n") == bytes(expected).decode(errors="replace")

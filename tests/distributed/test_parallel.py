@@ -35,7 +35,7 @@ def tokens(batch: int = 4, length: int = 8) -> Tensor:
     return torch.randint(96, (batch, length + 1), generator=torch.Generator().manual_seed(2))
 
 
-def loss_of(model: Llama, batch: Tensor) -> Tensor:
+def loss_of(model: Any, batch: Tensor) -> Tensor:
     logits = model(batch[:, :-1]).float()
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
@@ -44,15 +44,18 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def parallelize(model: Llama, kind: str, **options: Any) -> tuple[Llama, slice]:
+def parallelize(model: Any, kind: str, **options: Any) -> tuple[Any, slice]:
     """The model made parallel, and this rank's rows of the batch."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from warploom.models.parallel import fully_shard_model, tensor_parallel
+    from warploom.models.parallel import expert_parallel, fully_shard_model, tensor_parallel
 
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
     if kind == "fsdp":
+        return fully_shard_model(model, both_ranks(), **options), mine
+    if kind == "experts":
+        expert_parallel(model, both_ranks())
         return fully_shard_model(model, both_ranks(), **options), mine
     if kind == "tp":
         return tensor_parallel(model, both_ranks()), slice(None)
@@ -69,17 +72,20 @@ def parallelize(model: Llama, kind: str, **options: Any) -> tuple[Llama, slice]:
 
 
 def train(kind: str, changes: dict[str, Any]) -> None:
-    """Loss, gradients, clipping and one step of AdamW against the model on one process."""
+    models: list[Any] = [make(**changes), make(**changes)]
+    models[1], mine = parallelize(models[1], kind)
+    for model in models:
+        model.gradient_checkpointing = bool(changes.get("num_hidden_layers"))
+    compare_training(models, mine)
+
+
+def compare_training(models: list[Any], mine: slice) -> None:
+    """Loss, gradients, clipping and one step of AdamW of the parallel model, the second, which is given the
+    rows `mine`, against the model on one process."""
     import torch.distributed as dist
 
     batch = tokens()
-    models: list[Any] = [make(**changes), make(**changes)]
-    models[1], mine = parallelize(models[1], kind)
-    checkpointing = bool(changes.get("num_hidden_layers"))
-    optimizers = []
-    for model in models:
-        model.gradient_checkpointing = checkpointing
-        optimizers.append(torch.optim.AdamW(model.parameters(), lr=0.01))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in models]
     want = loss_of(models[0], batch)
     got = loss_of(models[1], batch[mine])
     want.backward()

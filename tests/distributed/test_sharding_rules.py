@@ -170,6 +170,30 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
         OP_ARGS["merge_attention_backward"],
         "B S H",
     ),
+    "grouped_linear": ("grouped_linear", OP_ARGS["grouped_linear"], "K N"),
+    "grouped_linear_backward": (
+        "grouped_linear_backward",
+        OP_ARGS["grouped_linear_backward"],
+        "N K",
+    ),
+    "grouped_linear_backward, frozen": (
+        "grouped_linear_backward",
+        lambda make: _replaced("grouped_linear_backward", make, needs_weight=False),
+        "N K",
+    ),
+    "mla_decode": ("mla_decode", OP_ARGS["mla_decode"], "B H"),
+    "mla_decode, dense": (
+        "mla_decode",
+        lambda make: _replaced("mla_decode", make, kv_cache=make(2, 6, 48), **DENSE),
+        "B H",
+    ),
+    "mla_absorbed_backward": ("mla_absorbed_backward", OP_ARGS["mla_absorbed_backward"], "B H"),
+    "mla_cache_append": ("mla_cache_append", OP_ARGS["mla_cache_append"], ""),
+    "mla_cache_append, dense": (
+        "mla_cache_append",
+        lambda make: _replaced("mla_cache_append", make, kv_cache=make(2, 9, 48), **DENSE),
+        "B",
+    ),
 }
 
 

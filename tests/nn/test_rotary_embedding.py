@@ -140,15 +140,32 @@ def test_scores_depend_on_the_distance_alone():
     torch.testing.assert_close(score(3, 1), score(503, 501), rtol=1e-4, atol=1e-4)
 
 
+def test_explicit_frequencies_are_those_that_are_listed():
+    listed = RotaryEmbedding(16, 4096, LLAMA3).inv_freq
+    rule = {"rope_type": "explicit", "inverse_frequencies": listed.tolist()}
+    module = RotaryEmbedding(16, rope_parameters=rule)
+    assert torch.equal(module.inv_freq, listed)
+    for held, expected in zip(
+        module.table(9, "cpu"), RotaryEmbedding(16, 4096, LLAMA3).table(9, "cpu")
+    ):
+        assert torch.equal(held, expected)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "rule", "message"),
     [
         (8, {"rope_type": "longrope"}, "rope_type: expected one of default, .* got 'longrope'"),
         (8, {"rope_type": "linear"}, "rope_type 'linear' needs factor"),
         (8, {"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high_freq_factor"),
+        (8, {"rope_type": "explicit"}, "rope_type 'explicit' needs inverse_frequencies"),
+        (
+            8,
+            {"rope_type": "explicit", "inverse_frequencies": [1.0, 0.5]},
+            "inverse_frequencies: expected 4 numbers, got 2",
+        ),
         (7, {}, "rotary dimension: expected a positive even number, got 7"),
     ],
-    ids=["unknown", "factor", "llama3", "odd"],
+    ids=["unknown", "factor", "llama3", "explicit", "explicit count", "odd"],
 )
 def test_wrong_parameters_are_named_when_the_module_is_made(head_dim, rule, message):
     with pytest.raises(ValueError, match=message):

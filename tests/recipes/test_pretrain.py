@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
 from warploom.recipes import pretrain as recipe
+from warploom.recipes._pretrain_models import scale_residual_matrices
 from warploom.recipes._windows import Windows, spread_windows
 from warploom.recipes.pretrain import PretrainConfig, learning_rate_at, pretrain
 
@@ -83,7 +84,7 @@ def test_only_matrices_that_write_to_the_residual_stream_are_scaled() -> None:
     shape = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     model = Llama(LlamaConfig(num_hidden_layers=2, **shape))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe.scale_residual_matrices(model)
+    scale_residual_matrices(model)
     for name, tensor in model.state_dict().items():
         writes = name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
         assert torch.equal(tensor, before[name] / 2 if writes else before[name]), name

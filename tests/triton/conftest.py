@@ -74,7 +74,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(
-        torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype, device=x.device)
+        torch, "empty_like", lambda x, **_: empty(x.shape, dtype=x.dtype, device=x.device)
     )
     yield
     for buffer in buffers:

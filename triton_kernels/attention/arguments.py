@@ -12,7 +12,7 @@ from warploom.triton_kernels.common.launch import COMPILE_OPTIONS, AheadOfTimeCa
 Arguments = dict[str, Any]
 
 # No limit of a window: beyond every distance, and sums with positions stay below 2^31.
-_UNLIMITED = 1 << 30
+UNLIMITED = 1 << 30
 
 # Integers that vary from call to call: a kernel is not compiled anew where one is 1 or divisible by
 # 16. The second list has those of single kernels, which name them where they are defined.
@@ -60,8 +60,8 @@ def score_arguments(
     """What every score needs -> (arguments, constants)."""
     arguments = {
         "alibi_ptr": None if alibi_slopes is None else alibi_slopes.contiguous(),
-        "window_left": _UNLIMITED if window_left < 0 else min(window_left, _UNLIMITED),
-        "window_right": _UNLIMITED if window_right < 0 else min(window_right, _UNLIMITED),
+        "window_left": UNLIMITED if window_left < 0 else min(window_left, UNLIMITED),
+        "window_right": UNLIMITED if window_right < 0 else min(window_right, UNLIMITED),
         "score_scale": softmax_scale / softcap if softcap > 0 else softmax_scale * LOG2_E,
         "softcap_log2": softcap * LOG2_E,
     }

@@ -8,8 +8,6 @@ keys. Each sum has a fixed order and nothing is added across programs.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from warploom.triton_kernels.attention.arguments import (
     Launch,
     block_constants,
@@ -20,6 +18,7 @@ from warploom.triton_kernels.attention.arguments import (
     score_arguments,
     sequence_arguments,
 )
+from warploom.triton_kernels.attention.delta import delta_launch
 from warploom.triton_kernels.attention.key_gradients import key_gradients_kernel
 from warploom.triton_kernels.attention.query_gradients import query_gradients_kernel
 from warploom.triton_kernels.attention.tiles import (
@@ -30,75 +29,9 @@ from warploom.triton_kernels.attention.tiles import (
 from warploom.triton_kernels.common.launch import (
     AheadOfTimeCase,
     cdiv,
-    next_power_of_2,
     on_own_device,
     with_unit_last_stride,
 )
-from warploom.triton_kernels.common.numerics import cast
-
-_DELTA_ROWS = 16
-_DELTA_WARPS = 4
-
-
-@triton.jit(do_not_specialize=["M", "H", "Sq"])
-def _delta_kernel(
-    grad_out_ptr,  # [B, Sq, H, DV], strides grad_out_stride_{b,s,h}, 1; packed: B is 1, Sq is Tq
-    out_ptr,  # [B, Sq, H, DV], strides out_stride_{b,s,h}, 1
-    grad_lse_ptr,  # [B, H, Sq], contiguous, or None
-    delta_ptr,  # [B, H, Sq] float32, contiguous
-    M,  # B * H * Sq
-    H,
-    Sq,
-    grad_out_stride_b,
-    grad_out_stride_s,
-    grad_out_stride_h,
-    out_stride_b,
-    out_stride_s,
-    out_stride_h,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """delta = sum(grad_out * out) - grad_lse, so that dS = P * (dP - delta).
-
-    Grid: [cdiv(B * H * Sq, BLOCK_M)].
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    i_s = rows % Sq
-    i_h = rows // Sq % H
-    i_b = rows // Sq // H
-    features = tl.arange(0, BLOCK_DV)[None, :]
-    mask = (rows < M)[:, None] & (features < DV)
-    p_grad_out = i_b * grad_out_stride_b + i_s * grad_out_stride_s + i_h * grad_out_stride_h
-    p_out = i_b * out_stride_b + i_s * out_stride_s + i_h * out_stride_h
-    # [BLOCK_M, BLOCK_DV]
-    b_grad_out = tl.load(grad_out_ptr + p_grad_out[:, None] + features, mask=mask, other=0.0)
-    b_out = tl.load(out_ptr + p_out[:, None] + features, mask=mask, other=0.0)
-    b_delta = tl.sum(cast(b_grad_out, tl.float32) * cast(b_out, tl.float32), axis=1)
-    if grad_lse_ptr is not None:
-        # [BLOCK_M]
-        b_grad_lse = tl.load(grad_lse_ptr + rows, mask=rows < M, other=0.0)
-        b_delta -= cast(b_grad_lse, tl.float32)
-    tl.store(delta_ptr + rows, b_delta, mask=rows < M)
-
-
-def _delta_launch(
-    delta: torch.Tensor,
-    grad_out: torch.Tensor,
-    out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-) -> Launch:
-    *batch, rows, heads, dv = out.shape
-    arguments = {
-        **{"grad_out_ptr": grad_out, "out_ptr": out, "delta_ptr": delta},
-        "grad_lse_ptr": None if grad_lse is None else grad_lse.contiguous(),
-        **{"M": delta.numel(), "H": heads, "Sq": rows},
-        **head_strides("grad_out", grad_out, packed=not batch),
-        **head_strides("out", out, packed=not batch),
-    }
-    constants = {"DV": dv, "BLOCK_M": _DELTA_ROWS, "BLOCK_DV": next_power_of_2(dv)}
-    grid = (cdiv(delta.numel(), _DELTA_ROWS),)
-    return Launch(_delta_kernel, grid, arguments, constants, _DELTA_WARPS)
 
 
 def _launches(
@@ -226,7 +159,7 @@ def attention_backward(
         for grad in (*grads, grad_distance):
             grad.zero_()
     if not nothing:
-        _delta_launch(delta, grad_out, out, grad_lse).run()
+        delta_launch(delta, grad_out, out, grad_lse).run()
         for launch in launches:
             launch.run()
     return (*grads, grad_bias, grad_distance)
@@ -257,5 +190,4 @@ def aot_cases() -> list[AheadOfTimeCase]:
         grads = ((q, k, v), options["bias"], grad_distance, lse)
         for launch in _launches(*grads, out, q, k, v, lse, **options):
             cases.append(launch.ahead_of_time(name))
-    cases.append(_delta_launch(lse, out, out, lse).ahead_of_time("bf16 Dv=256"))
     return cases

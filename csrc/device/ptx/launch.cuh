@@ -77,20 +77,34 @@ void launch(void (*kernel)(Params), const LaunchShape& shape, Stream stream, con
         function, typeid(Params), shape);
 }
 
+namespace detail {
+
 // Of the current device; launchers may ask while a graph is captured.
-inline int multiprocessor_count() {
+inline int attribute_of_device(cudaDeviceAttr attribute, const char* name) {
     int device = 0;
-    int count = 0;
+    int value = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+        error = cudaDeviceGetAttribute(&value, attribute, device);
     }
     if (error != cudaSuccess) {
         cudaGetLastError();
-        throw std::runtime_error(std::string("counting the multiprocessors failed: ") +
-                                 cudaGetErrorString(error));
+        throw std::runtime_error(std::string("asking for the device's ") + name +
+                                 " failed: " + cudaGetErrorString(error));
     }
-    return count;
+    return value;
+}
+
+}  // namespace detail
+
+inline int multiprocessor_count() {
+    return detail::attribute_of_device(cudaDevAttrMultiProcessorCount, "multiprocessors");
+}
+
+// Shared memory that one block may have.
+inline std::size_t shared_memory_limit() {
+    return static_cast<std::size_t>(detail::attribute_of_device(
+        cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared memory of a block"));
 }
 
 }  // namespace warploom::device

@@ -1,6 +1,9 @@
 // The Python module of the executor: its controls and reports, never a tensor.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "controls.h"
 #include "report.h"
 
@@ -24,6 +27,17 @@ void set_async_policy(const std::string& policy) {
 void set_seed(std::uint64_t seed) {
     simt::Controls controls = simt::controls();
     controls.seed = seed;
+    simt::set_controls(controls);
+}
+
+void set_shared_memory_limit(std::size_t bytes) {
+    if (bytes > simt::kMaxSharedBytes) {
+        throw std::invalid_argument("set_shared_memory_limit: expected at most " +
+                                    std::to_string(simt::kMaxSharedBytes) + " bytes, got " +
+                                    std::to_string(bytes));
+    }
+    simt::Controls controls = simt::controls();
+    controls.shared_memory_limit = bytes;
     simt::set_controls(controls);
 }
 
@@ -72,6 +86,8 @@ PYBIND11_MODULE(WARPLOOM_SIMT_MODULE, module) {
                "When an asynchronous copy takes effect: 'late' (at its wait, the default), 'early' "
                "(at its issue) or 'random'.");
     module.def("set_seed", &set_seed, py::arg("seed"), "The seed of both random choices.");
+    module.def("set_shared_memory_limit", &set_shared_memory_limit, py::arg("bytes"),
+               "What one block may have, 227 KiB unless told: launchers choose their tiles by it.");
     module.def("last_report", &last_report,
                "What the last launch did: kernel, blocks, threads, shared_bytes, collectives, "
                "products, barriers, async_copies; in the instrumented module also "

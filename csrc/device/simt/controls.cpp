@@ -3,6 +3,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "primitives.h"
+
 namespace warploom::device::simt {
 
 namespace {
@@ -20,6 +22,10 @@ void set_controls(const Controls& controls) {
 Controls controls() {
     const std::lock_guard lock(guard);
     return current;
+}
+
+std::size_t shared_memory_limit() {
+    return controls().shared_memory_limit;
 }
 
 LaneOrder lane_order_from(const std::string& name) {

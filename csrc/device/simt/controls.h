@@ -1,8 +1,11 @@
-// What a test may choose: the order of lanes, the moment of asynchronous copies, the seed.
+// What a test may choose: the order of lanes, the moment of asynchronous copies, the seed, the
+// shared memory of the device.
 #pragma once
 
 #include <cstdint>
 #include <string>
+
+#include "types.h"
 
 namespace warploom::device::simt {
 
@@ -17,6 +20,7 @@ struct Controls {
     LaneOrder lane_order = LaneOrder::forward;
     AsyncPolicy async_policy = AsyncPolicy::late;
     std::uint64_t seed = 0;
+    std::size_t shared_memory_limit = kMaxSharedBytes;
 };
 
 // In force from the next launch on.

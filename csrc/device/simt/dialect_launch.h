@@ -38,4 +38,8 @@ inline int multiprocessor_count() {
     return 4;
 }
 
+inline std::size_t shared_memory_limit() {
+    return simt::shared_memory_limit();
+}
+
 }  // namespace warploom::device

@@ -11,7 +11,7 @@ namespace warploom::device {
 // of a block.
 template <typename Plan>
 WARPLOOM_DEVICE Plan& shared_memory(Where where = Where::current()) {
-    static_assert(sizeof(Plan) <= 227 * 1024, "shared_memory: the plan exceeds 227 KiB");
+    static_assert(sizeof(Plan) <= simt::kMaxSharedBytes, "shared_memory: the plan exceeds 227 KiB");
     static_assert(alignof(Plan) <= 128, "shared_memory: the plan's alignment exceeds 128 bytes");
     return *static_cast<Plan*>(simt::shared_bytes(sizeof(Plan), where));
 }

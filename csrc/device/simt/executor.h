@@ -21,7 +21,6 @@ namespace warploom::device::simt {
 inline constexpr int kMaxThreads = 1024;
 inline constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 inline constexpr int kBarriers = 16;
-inline constexpr std::size_t kMaxSharedBytes = 227 * 1024;
 // Shared memory lies between stretches of address space that fault, of this size too.
 inline constexpr std::size_t kSharedRoom = 256 * 1024;
 

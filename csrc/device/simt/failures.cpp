@@ -29,9 +29,10 @@ void Executor::require_shape(const LaunchShape& shape, Site site) const {
         refuse("grid: expected 1 to 2147483647 by 1 to 65535 by 1 to 65535, got " +
                text_of({shape.grid.x, shape.grid.y, shape.grid.z}));
     }
-    if (shape.shared_bytes > kMaxSharedBytes) {
-        refuse("shared_bytes: expected at most " + std::to_string(kMaxSharedBytes) +
-               " (227 KiB), got " + std::to_string(shape.shared_bytes));
+    const std::size_t limit = shared_memory_limit();
+    if (shape.shared_bytes > limit) {
+        refuse("shared_bytes: expected at most " + std::to_string(limit) + " (" +
+               std::to_string(limit / 1024) + " KiB), got " + std::to_string(shape.shared_bytes));
     }
 }
 

@@ -45,6 +45,9 @@ void fence(Where where);
 // The block's dynamic shared memory; an error where the launch gave less than `bytes`.
 void* shared_bytes(std::size_t bytes, Where where);
 
+// What a launch may ask for at most.
+std::size_t shared_memory_limit();
+
 // Runs `entry(arguments)` as every thread of the grid. Throws KernelError.
 void run_grid(const LaunchShape& shape, void (*entry)(const void* kernel, const void* arguments),
               const void* kernel, const void* arguments, bool instrumented, Where where);

@@ -49,6 +49,9 @@ using Where = std::source_location;
 
 namespace simt {
 
+// As the largest devices have.
+inline constexpr std::size_t kMaxSharedBytes = 227 * 1024;
+
 // Constant while a thread runs, hence [[gnu::const]]: the compiler may keep the result.
 [[gnu::const]] uint3 thread_index() noexcept;
 [[gnu::const]] uint3 block_index() noexcept;

@@ -185,10 +185,10 @@ def assign_weights(
     aliases: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
 ) -> None:
-    """Gives every parameter of a module on the meta device its tensor from `source`.
+    """Gives every parameter and persistent buffer of a module on the meta device its tensor from `source`.
 
     Args:
-        dtype: floating dtype of the parameters; None keeps what is stored.
+        dtype: floating dtype of the parameters; None keeps what is stored, as buffers always do.
         aliases: second names of tied parameters; one is read only where the first is absent.
         ignored: patterns (whole names) of tensors that may be there and are not used.
 
@@ -204,7 +204,10 @@ def assign_weights(
             if name not in shapes:
                 shapes[name], stored_name[name] = shapes[alias], alias
             del shapes[alias]
-    expected = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
+    buffers = dict(module.named_buffers())
+    persistent = buffers.keys() & module.state_dict().keys()
+    expected = {**parameters, **{name: buffers[name] for name in sorted(persistent)}}
     missing = expected.keys() - shapes.keys()
     unexpected = {
         name
@@ -229,12 +232,13 @@ def assign_weights(
     if problems:
         holders = _enumerate({source.where(name) for name in source.shapes()}) or "no tensors"
         raise CheckpointError(f"checkpoint ({holders}): " + "; ".join(problems))
-    for name, parameter in expected.items():
+    for name, held in expected.items():
         tensor = source.read(stored_name[name])
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensor = tensor.to(device=device, dtype=target, copy=True).contiguous()
+        cast = name in parameters and dtype is not None and tensor.is_floating_point()
+        tensor = tensor.to(device=device, dtype=dtype if cast else None, copy=True).contiguous()
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, parameter.requires_grad))
+        value = nn.Parameter(tensor, held.requires_grad) if name in parameters else tensor
+        setattr(module.get_submodule(owner), leaf, value)
 
 
 def parse_size(size: int | str) -> int:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models.sampling import Sampling
-from warploom.nn import KeyValueCache, PagedKeyValueCache, StaticKeyValueCache
+from warploom.nn.paged_cache import PagedCache
+from warploom.nn.token_cache import CacheKind, TokenCache
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-CacheKind = Literal["paged", "static"]
 _PROMPT_TAIL = 8
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -41,6 +41,8 @@ class LanguageModel(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def make_cache(self, kind: CacheKind, batch_size: int, capacity: int) -> TokenCache: ...
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def stream(
         raise ValueError("generate: stop_strings: expected a tokenizer beside them, got None")
     if "" in stops:
         raise ValueError("generate: stop_strings: expected non-empty strings, got ''")
+    if cache not in ("paged", "static"):
+        raise ValueError(f"generate: cache: expected 'paged' or 'static', got {cache!r}")
     if isinstance(generator, Sequence) and len(generator) != len(prompts):
         raise ValueError(
             f"generate: generator: expected one or {len(prompts)} (one a row), got {len(generator)}"
@@ -152,7 +156,7 @@ def stream(
         return
     rows = [_Row(index, prompt, tokenizer) for index, prompt in enumerate(prompts)]
     device = model.lm_head.weight.device
-    held = _make_cache(cache, model.config.num_hidden_layers, prompts, max_new_tokens, device)
+    held = model.make_cache(cache, len(prompts), max(map(len, prompts)) + max_new_tokens)
     seen = _seen_tokens(rows, model.config.vocab_size, device) if repetition_penalty != 1 else None
     lengths = [len(prompt) for prompt in prompts]
     packed = [token for prompt in prompts for token in prompt]
@@ -172,7 +176,7 @@ def stream(
         going = [place for place, token in zip(going, taken, strict=True) if token.finish is None]
         if not going:
             return
-        if len(going) < len(rows) and isinstance(held, PagedKeyValueCache):
+        if len(going) < len(rows) and isinstance(held, PagedCache):
             rows = [rows[place] for place in going]
             if isinstance(generator, Sequence):
                 generator = [generator[place] for place in going]
@@ -183,21 +187,6 @@ def stream(
             going = list(range(len(rows)))
         hidden = model.model(chosen[:, None], held)[:, 0]
         held.advance(1)
-
-
-def _make_cache(
-    kind: CacheKind,
-    num_layers: int,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    device: torch.device,
-) -> KeyValueCache:
-    if kind == "paged":
-        return PagedKeyValueCache(num_layers, len(prompts), device=device)
-    if kind == "static":
-        capacity = max(map(len, prompts)) + max_new_tokens
-        return StaticKeyValueCache(num_layers, len(prompts), capacity, device=device)
-    raise ValueError(f"generate: cache: expected 'paged' or 'static', got {kind!r}")
 
 
 def generate(

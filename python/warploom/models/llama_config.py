@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_IGNORED_WHEN_NEUTRAL = {"attention_dropout": 0.0, "hidden_act": "silu"}
+from warploom.models.config_fields import (
+    check_neutral,
+    complete_rope,
+    old_rope_fields,
+    read_rope,
+    token_ids,
+)
+
 #: The model types that are this model with other switches, and transformers' defaults where they
 #: differ in fields that a config.json may leave out.
 _MODEL_TYPES: dict[str, dict[str, Any]] = {
@@ -69,12 +76,7 @@ class LlamaConfig:
         self._check_windows()
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        defaults = {"rope_type": "default", "rope_theta": 10000.0}
-        self.rope_parameters = {**defaults, **self.rope_parameters}
-        if self.rope_parameters["rope_type"] in ("yarn", "llama3"):
-            self.rope_parameters.setdefault(
-                "original_max_position_embeddings", self.max_position_embeddings
-            )
+        self.rope_parameters = complete_rope(self.rope_parameters, self.max_position_embeddings)
 
     def _check_windows(self) -> None:
         if self.sliding_window is not None and self.model_type == "llama":
@@ -103,15 +105,17 @@ class LlamaConfig:
         return self.attention_bias and self.model_type != "qwen2"
 
     @property
+    def rotary_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
     def qk_norm_eps(self) -> float | None:
         return self.rms_norm_eps if self.model_type == "qwen3" else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a text."""
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else (*self.eos_token_id,)
+        return token_ids(self.eos_token_id)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LlamaConfig:
@@ -129,9 +133,7 @@ class LlamaConfig:
                 f"config.json: model_type: expected one of {', '.join(_MODEL_TYPES)}, got "
                 f"{model_type!r}"
             )
-        for name, neutral in _IGNORED_WHEN_NEUTRAL.items():
-            if values.get(name, neutral) != neutral:
-                raise ValueError(f"config.json: {name}: expected {neutral}, got {values[name]!r}")
+        check_neutral(values)
         names = {known.name for known in dataclasses.fields(cls)} - {"rope_parameters"}
         nullable = {"bos_token_id", "eos_token_id", "pad_token_id"}
         given = dict(_MODEL_TYPES[model_type])
@@ -141,26 +143,17 @@ class LlamaConfig:
             if values[name] is not None or name in nullable
         }
         given |= _windows(model_type, values)
-        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-        if "type" in rope:
-            rope.setdefault("rope_type", rope.pop("type"))
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if values.get(name) is not None:
-                rope.setdefault(name, values[name])
-        return cls(**given, rope_parameters=rope)
+        return cls(**given, rope_parameters=read_rope(values))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that transformers reads, with the old rope fields beside the new one."""
-        rope = self.rope_parameters
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         return {
             "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "hidden_act": "silu",
             **dataclasses.asdict(self),
             "use_sliding_window": self.sliding_window is not None,
             "max_window_layers": 0,
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+            **old_rope_fields(self.rope_parameters),
         }
 
     @classmethod

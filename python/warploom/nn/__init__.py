@@ -3,19 +3,27 @@
 from warploom.nn.activation import SwiGLU
 from warploom.nn.attention import GroupedQueryAttention
 from warploom.nn.cache import KeyValueCache, StaticKeyValueCache
+from warploom.nn.latent_cache import LatentCache, PagedLatentCache, StaticLatentCache
+from warploom.nn.mla import MultiheadLatentAttention
 from warploom.nn.multihead_attention import MultiheadAttention
 from warploom.nn.norm import LayerNorm, RMSNorm
 from warploom.nn.paged_cache import PagedKeyValueCache
 from warploom.nn.rope import RotaryEmbedding
+from warploom.nn.token_cache import TokenCache
 
 __all__ = [
     "GroupedQueryAttention",
     "KeyValueCache",
+    "LatentCache",
     "LayerNorm",
     "MultiheadAttention",
+    "MultiheadLatentAttention",
     "PagedKeyValueCache",
+    "PagedLatentCache",
     "RMSNorm",
     "RotaryEmbedding",
     "StaticKeyValueCache",
+    "StaticLatentCache",
     "SwiGLU",
+    "TokenCache",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from warploom.nn.cache import KeyValueCache
 from warploom.nn.norm import RMSNorm
 from warploom.nn.packing import places
+from warploom.nn.token_cache import TokenCache
 from warploom.ops.attention import attention, attention_varlen
 from warploom.ops.rope import apply_rotary
 
@@ -171,7 +172,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 def next_positions(
-    batch: int, count: int, cache: KeyValueCache | None, cu_seqlens: Tensor | None
+    batch: int, count: int, cache: TokenCache | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """int64 [B, S], the positions that the tokens of one step have; None: arange(S) in every row."""
     if cache is not None:

@@ -1,4 +1,4 @@
-"""A cache of keys and values in pages that rows take as they grow and give back when they leave."""
+"""Caches in pages that rows take as they grow and give back when they leave."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warploom.nn.cache import PAGE_SIZE, KeyValueCache
+from warploom.nn.cache import KeyValueCache
+from warploom.nn.token_cache import PAGE_SIZE, TokenCache
 
 
-class PagedKeyValueCache(KeyValueCache):
+class PagedCache(TokenCache):
     """A cache whose pages are taken from a common pool as rows grow and go back when rows leave.
 
     Kwon et al., PagedAttention (arXiv:2309.06180). The lengths are host integers too, so that no step
@@ -18,9 +19,9 @@ class PagedKeyValueCache(KeyValueCache):
     steps of one token. Pages that a layer's window has left behind are kept.
 
     Args:
-        num_layers: layers that will call `attend`.
+        num_layers: layers that will write.
         batch_size: rows B.
-        page_size: keys of a page, 1 to 256.
+        page_size: tokens of a page, 1 to 256.
         device: where the table and the lengths are.
 
     Attributes:
@@ -36,7 +37,9 @@ class PagedKeyValueCache(KeyValueCache):
         device: torch.device | str | None = None,
     ) -> None:
         if not 1 <= page_size <= 256:
-            raise ValueError(f"PagedKeyValueCache: page_size: expected 1 to 256, got {page_size}")
+            raise ValueError(
+                f"{type(self).__name__}: page_size: expected 1 to 256, got {page_size}"
+            )
         super().__init__(num_layers, batch_size, page_size, device)
         self.lengths = [0] * batch_size
         self._blocks: list[list[int]] = [[] for _ in range(batch_size)]
@@ -62,7 +65,8 @@ class PagedKeyValueCache(KeyValueCache):
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, each at most once, in that order; the others' pages become free."""
         if len({*rows}) != len(rows):
-            raise ValueError(f"PagedKeyValueCache: rows: expected distinct ones, got {list(rows)}")
+            name = type(self).__name__
+            raise ValueError(f"{name}: rows: expected distinct ones, got {list(rows)}")
         for row in {*range(len(self._blocks))} - {*rows}:
             self._free += self._blocks[row]
         self.lengths = [self.lengths[row] for row in rows]
@@ -105,16 +109,20 @@ class PagedKeyValueCache(KeyValueCache):
         table = torch.tensor(rows, dtype=torch.int32, device=self.cache_seqlens.device)
         self.block_table = table.view(len(rows), width)
 
-    def _pages(self, layer: int, k: Tensor, v: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    def _pages(self, layer: int, new: Sequence[Tensor], count: int | None) -> tuple[Tensor, ...]:
         if count is not None and count > self._room:
             self._reserve([count] * len(self.lengths))
         held = self._layers[layer]
         if held is not None and held[0].shape[0] == self._num_blocks:
             return held
         shape = (self._num_blocks, self.page_size)
-        grown = (k.new_empty(*shape, *k.shape[2:]), v.new_empty(*shape, *v.shape[2:]))
+        grown = tuple(tensor.new_empty(*shape, *tensor.shape[2:]) for tensor in new)
         if held is not None:
-            for old, new in zip(held, grown, strict=True):
-                new[: old.shape[0]] = old
+            for old, larger in zip(held, grown, strict=True):
+                larger[: old.shape[0]] = old
         self._layers[layer] = grown
         return grown
+
+
+class PagedKeyValueCache(KeyValueCache, PagedCache):
+    """Keys and values in pages of a common pool; the constructor is `PagedCache`'s."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from warploom.ops.rope import apply_rotary
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "explicit")
 _REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -23,6 +23,7 @@ _REQUIRED = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "explicit": ("inverse_frequencies",),
 }
 _MINIMUM_TABLE_ROWS = 256
 
@@ -32,20 +33,35 @@ def _powers(base: float, dim: int) -> Tensor:
     return base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
+def _temperature(factor: float, weight: float) -> float:
+    """YaRN's sqrt(1 / t) for a context that is `factor` times the original one (equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def yarn_softmax_factor(rope_parameters: Mapping[str, Any] | None) -> float:
+    """What DeepSeek-V2 and V3 multiply the softmax scale by: YaRN's temperature squared, on the whole score.
+
+    With `mscale_all_dim` the temperature is taken from cos and sin, which turn a part of a head alone, and
+    goes to the scale: (0.1 mscale_all_dim ln(factor) + 1)^2, 1.58963 for V2 (0.707, 40) and 1.87385 for V3
+    (1, 40). Without it, or without scaling, 1.
+    """
+    rope = rope_parameters or {}
+    weight = rope.get("mscale_all_dim")
+    if rope.get("rope_type", "default") == "default" or not weight:
+        return 1.0
+    return _temperature(rope["factor"], weight) ** 2
+
+
 def _yarn(dim: int, base: float, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071), section 3.2 (NTK-by-parts) and equation 22 (the temperature)."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
-
-    def temperature(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:
         mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
         if mscale and mscale_all_dim:
-            attention_factor = temperature(mscale) / temperature(mscale_all_dim)
+            attention_factor = _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
         else:
-            attention_factor = temperature(1.0)
+            attention_factor = _temperature(factor, 1.0)
 
     def pair_with_rotations(count: float) -> float:
         """The (fractional) pair index that turns `count` times within the original context."""
@@ -84,12 +100,13 @@ def inverse_frequencies(
 ) -> tuple[Tensor, float]:
     """The angle per position of each rotary pair, and the factor on cos and sin.
 
-    The rules and field names are those of transformers' `ROPE_INIT_FUNCTIONS`.
+    The rules and field names are those of transformers' `ROPE_INIT_FUNCTIONS`; "explicit", whose field
+    `inverse_frequencies` lists the R / 2 angles, is this library's.
 
     Args:
         dim: rotated features R of a head, even.
-        rope_parameters: `rope_type` ("default", "linear", "dynamic", "yarn", "llama3"),
-            `rope_theta` (default 10000) and the fields of that type. None: the defaults.
+        rope_parameters: `rope_type` ("default", "linear", "dynamic", "yarn", "llama3",
+            "explicit"), `rope_theta` (default 10000) and the fields of that type. None: the defaults.
         max_position_embeddings: the context length beyond which "dynamic" changes its base.
         length: current sequence length, read by "dynamic" alone.
 
@@ -105,6 +122,14 @@ def inverse_frequencies(
         raise ValueError(f"rope_parameters: rope_type {rope_type!r} needs {', '.join(absent)}")
     if dim <= 0 or dim % 2:
         raise ValueError(f"rotary dimension: expected a positive even number, got {dim}")
+    if rope_type == "explicit":
+        frequencies = torch.tensor(rope["inverse_frequencies"], dtype=torch.float32, device="cpu")
+        if frequencies.shape != (dim // 2,):
+            raise ValueError(
+                f"rope_parameters: inverse_frequencies: expected {dim // 2} numbers, got "
+                f"{len(frequencies)}"
+            )
+        return frequencies, 1.0
     if rope_type == "yarn":
         return _yarn(dim, base, rope)
     if rope_type == "llama3":

@@ -11,16 +11,6 @@ from warploom.ops._attention_ops import statistics_dtype
 from warploom.ops._check import check_device, check_floating, check_shape, check_tensor, fail
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating inputs to the autocast dtype where autocast is on: attention is a product."""
-    device_type = tensors[0].device.type
-    # Meta tensors know no autocast; asking torch whether a device does breaks the graph on 2.11.
-    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
 def window(op: str, causal: bool, window: Sequence[int]) -> tuple[int, int]:
     """(left, right) with the causal limit taken in."""
     if len(window) != 2 or any(side < -1 for side in window):
@@ -84,20 +74,6 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]
         fail(op, names[0], f"a head count that divides q's {heads}", kv_heads)
     if dim == 0 or v.shape[-1] == 0:
         fail(op, "q" if dim == 0 else names[1], "a head dim of at least 1", 0)
-
-
-def check_int32(op: str, name: str, value: Tensor, q: Tensor, shape: Sequence[int | None]) -> None:
-    check_tensor(op, name, value)
-    if value.dtype != torch.int32:
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name}: expected dtype int32, got {dtype}")
-    check_device(op, name, value, "q", q)
-    fits = value.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape)
-    )
-    if not fits:
-        expected = ", ".join("*" if size is None else str(size) for size in shape)
-        fail(op, name, f"shape ({expected})", tuple(value.shape))
 
 
 def scale(softmax_scale: float | None, dim: int) -> float:

@@ -57,6 +57,23 @@ def check_device(op: str, argument: str, value: Tensor, other: str, like: Tensor
         fail(op, argument, f"{other}'s device {like.device}", value.device)
 
 
+def check_int32(
+    op: str, argument: str, value: Tensor, other: str, like: Tensor, shape: Sequence[int | None]
+) -> None:
+    """An int32 tensor on the device of `like`, the argument named `other`; None in `shape`: any size."""
+    check_tensor(op, argument, value)
+    if value.dtype != torch.int32:
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {argument}: expected dtype int32, got {dtype}")
+    check_device(op, argument, value, other, like)
+    fits = value.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(value.shape, shape)
+    )
+    if not fits:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        fail(op, argument, f"shape ({expected})", tuple(value.shape))
+
+
 def unit_last_stride(value: Tensor) -> Tensor:
     """`value` itself when its last dimension is dense, else a contiguous copy."""
     return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()

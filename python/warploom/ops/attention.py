@@ -28,10 +28,12 @@ from torch import Tensor
 
 from warploom.ops import _attention_arguments as arguments
 from warploom.ops import _attention_ops as ops
+from warploom.ops._autocast import autocast
 from warploom.ops._check import (
     check_device,
     check_dim,
     check_floating,
+    check_int32,
     check_same,
     check_shape,
     check_tensor,
@@ -99,10 +101,10 @@ def attention(
         check_floating(op, name, tensor)
         check_dim(op, name, tensor, 4, "[B, S, H, D]")
     if bias is None:
-        q, k, v = arguments.autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     else:
         check_floating(op, "bias", bias)
-        q, k, v, bias = arguments.autocast(q, k, v, bias)
+        q, k, v, bias = autocast(q, k, v, bias)
         check_same(op, "bias", bias, "q", q)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "q", q)
@@ -194,17 +196,17 @@ def attention_varlen(
     layout = "[Tk, Hkv, D]" if block_table is None else "[num_blocks, page_size, Hkv, D]"
     for name, tensor in (("k", k), ("v", v)):
         check_dim(op, name, tensor, 3 if block_table is None else 4, layout)
-    q, k, v = arguments.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "q", q)
     arguments.check_heads(op, q, k, v, ("k", "v"))
-    arguments.check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, (None,))
+    check_int32(op, "cu_seqlens_q", cu_seqlens_q, "q", q, (None,))
     batch = cu_seqlens_q.shape[0] - 1
     if batch < 0:
         fail(op, "cu_seqlens_q", "at least 1 element", 0)
-    arguments.check_int32(op, "cu_seqlens_k", cu_seqlens_k, q, (batch + 1,))
+    check_int32(op, "cu_seqlens_k", cu_seqlens_k, "q", q, (batch + 1,))
     if block_table is not None:
-        arguments.check_int32(op, "block_table", block_table, q, (batch, None))
+        check_int32(op, "block_table", block_table, "q", q, (batch, None))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
             raise RuntimeError(
                 f"{op}: block_table: expected tensors that need no gradient, got one that does: "
@@ -303,9 +305,9 @@ def attention_decode(
             )
     batch, queries, _, dim = q.shape
     arguments.check_heads(op, q, k_cache, v_cache, ("k_cache", "v_cache"))
-    arguments.check_int32(op, "cache_seqlens", cache_seqlens, q, (batch,))
+    check_int32(op, "cache_seqlens", cache_seqlens, "q", q, (batch,))
     if block_table is not None:
-        arguments.check_int32(op, "block_table", block_table, q, (batch, None))
+        check_int32(op, "block_table", block_table, "q", q, (batch, None))
     elif k_cache.shape[0] != batch:
         fail(op, "k_cache", f"q's batch {batch}", tuple(k_cache.shape))
     if num_splits < 0:

@@ -13,6 +13,7 @@ import torch
 
 from warploom.recipes._extras import make_console, require
 from warploom.recipes.generate import generate_text
+from warploom.recipes.kv_cache import cache_sizes
 from warploom.recipes.op_cases import CASES
 from warploom.recipes.op_table import measure, print_results, write_results
 from warploom.recipes.pretrain import PretrainConfig, pretrain
@@ -27,14 +28,15 @@ class DemoError(ValueError):
 
 
 def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
-    """Train a small LLaMA on CPython's documentation and show what the library does with it.
+    """Train a small LLaMA and a small DeepSeek-V2 on CPython's documentation and show what they do.
 
-    Writes ``output/pretrain`` (log, checkpoint, ``loss.png``, ``model/``), replacing what an
-    earlier demo left there, and ``output/ops.json`` and ``output/ops.png``.
+    Writes ``output/pretrain`` and ``output/pretrain-deepseek-v2`` (log, checkpoint, ``loss.png``,
+    ``model/``), replacing what an earlier demo left there, and ``output/ops.json`` and
+    ``output/ops.png``.
 
     Args:
         output: the folder for all files.
-        steps: optimiser steps of the training.
+        steps: optimiser steps of the LLaMA's training; the other takes a third of them.
         op_tokens: tokens of the inputs on which the ops are measured.
 
     Raises:
@@ -46,28 +48,33 @@ def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
     console = make_console()
     start = time.perf_counter()
 
+    bfloat16 = bfloat16_is_faster()
     console.rule("1. Pretraining a LLaMA on the documentation that ships with CPython")
     run_directory = output / "pretrain"
-    shutil.rmtree(run_directory, ignore_errors=True)
-    bfloat16 = bfloat16_is_faster()
-    model = pretrain(
-        PretrainConfig(
-            output=run_directory, steps=steps, warmup_steps=max(1, steps // 20), bfloat16=bfloat16
-        )
+    model = _pretrain(run_directory, steps=steps, bfloat16=bfloat16)
+    console.rule("2. The saved model, reloaded by `warploom generate`, and by transformers")
+    _show(model, console)
+    console.rule("3. A DeepSeek-V2: latent attention, experts, a cache of latents")
+    latent_directory = output / "pretrain-deepseek-v2"
+    latent_model = _pretrain(
+        latent_directory,
+        steps=max(1, steps // 3),
+        bfloat16=bfloat16,
+        architecture="deepseek-v2",
+        intermediate_size=512,
     )
+    _show(latent_model, console)
+    console.print("bytes that a token takes in the cache, in 16 bits:")
+    for name, directory in (("LLaMA", model), ("DeepSeek-V2", latent_model)):
+        sizes = cache_sizes(directory, context=1)
+        own = next(size for size in sizes if size.is_own)
+        whole = sizes[0].bytes_per_token
+        console.print(
+            f"  {name}: {own.bytes_per_token:,} ({own.kind}; with all heads' keys and values "
+            f"{whole:,})",
+            highlight=False,
+        )
     trained = time.perf_counter()
-
-    console.rule("2. The saved model, reloaded by `warploom generate`")
-    greedy = _run_generate(model)
-    console.print(greedy, markup=False, highlight=False)
-    console.rule("sampled: --temperature 0.7 --top-p 0.9", characters="-")
-    sampled = _run_generate(model, "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
-    console.print(sampled, markup=False, highlight=False)
-
-    console.rule("3. The same prompt through transformers")
-    compare_with_transformers(model, greedy)
-    console.print("transformers generates the same tokens from the same folder")
-    generated = time.perf_counter()
 
     console.rule("4. The ops on this machine")
     results = []
@@ -83,11 +90,31 @@ def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
 
     console.rule("Done")
     console.print(
-        f"{trained - start:.0f} s training, {generated - trained:.0f} s generation and comparison, "
-        f"{end - generated:.0f} s ops: {end - start:.0f} s in all"
+        f"{trained - start:.0f} s training, generation and comparison, {end - trained:.0f} s ops: "
+        f"{end - start:.0f} s in all"
     )
-    for path in (run_directory / "loss.png", output / "ops.png", output / "ops.json", model):
+    pictures = (run_directory / "loss.png", latent_directory / "loss.png")
+    for path in (*pictures, output / "ops.png", output / "ops.json", model, latent_model):
         console.print(f"  {path}", highlight=False)
+
+
+def _pretrain(directory: Path, *, steps: int, **settings: Any) -> Path:
+    """The model of a fresh run in a folder."""
+    shutil.rmtree(directory, ignore_errors=True)
+    warmup_steps = max(1, steps // 20)
+    config = PretrainConfig(output=directory, steps=steps, warmup_steps=warmup_steps, **settings)
+    return pretrain(config)
+
+
+def _show(model: Path, console: Any) -> None:
+    """Prints continuations of a saved model, and checks them against transformers'."""
+    greedy = _run_generate(model)
+    console.print(greedy, markup=False, highlight=False)
+    console.rule("sampled: --temperature 0.7 --top-p 0.9", characters="-")
+    sampled = _run_generate(model, "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")
+    console.print(sampled, markup=False, highlight=False)
+    compare_with_transformers(model, greedy)
+    console.print("transformers generates the same tokens from the same folder")
 
 
 def bfloat16_is_faster(repeats: int = 30) -> bool:

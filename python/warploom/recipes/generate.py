@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from warploom.models.llama import Llama
+from warploom.models.auto import load_model
 from warploom.recipes.text_corpus import load_tokenizer
 
 
@@ -48,7 +48,7 @@ def generate_text(
         on_text: called with the prompt, and then with each piece of text as soon as it is certain.
     """
     tokenizer = load_tokenizer(directory)
-    model = Llama.from_pretrained(directory, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(directory, device="cuda" if torch.cuda.is_available() else "cpu")
     prompt_ids = tokenizer.encode(prompt).ids
     generator = None
     if seed is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from warploom._library import OPS
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_decode, merge_attention
+from warploom.ops.grouped_linear import grouped_linear
+from warploom.ops.mla import mla_cache_append, mla_decode
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
 
@@ -39,6 +42,9 @@ class OpCase:
 
 _WIDTH = 2048
 _HEADS, _KEY_VALUE_HEADS, _HEAD_DIM = 16, 4, 64
+_LATENT, _ROPE = 512, 64
+_LATENT_SCALE = 192**-0.5  # heads of 128 features and 64 rotated ones
+_EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 2, 704
 
 
 def _rows(size: int, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -88,6 +94,32 @@ def _merge_arguments(size: int, dtype: torch.dtype) -> Arguments:
         return out, torch.randn(1, _HEADS, size, dtype=_statistics_dtype(dtype))
 
     return *part(), *part()
+
+
+def _expert_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    """Every token's row once for each of the experts that it chose, sorted by expert."""
+    chosen = torch.rand(size, _EXPERTS).topk(_CHOSEN, dim=-1).indices
+    offsets = torch.zeros(_EXPERTS + 1, dtype=torch.int32)
+    offsets[1:] = torch.bincount(chosen.flatten(), minlength=_EXPERTS).cumsum(0)
+    weight = torch.randn(_EXPERTS, _EXPERT_WIDTH, _WIDTH) * (_WIDTH**-0.5 / 2)
+    return torch.randn(size * _CHOSEN, _WIDTH).to(dtype), weight.to(dtype), offsets
+
+
+def _latent_cache(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Latents of four sequences of `size` tokens, with rotated keys, and their lengths."""
+    cache = torch.randn(4, size, _LATENT + _ROPE).to(dtype)
+    return cache, torch.full((4,), size, dtype=torch.int32)
+
+
+def _latent_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    q = torch.randn(4, 1, _HEADS, _LATENT + _ROPE).to(dtype)
+    return q, *_latent_cache(size, dtype), None, _LATENT, _LATENT_SCALE, True, 0, 0
+
+
+def _latent_append_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    cache, lengths = _latent_cache(size, dtype)
+    new, weight = torch.randn(4, 1, _LATENT + _ROPE).to(dtype), torch.rand(_LATENT).to(dtype) + 0.5
+    return new, weight, cache, lengths - 1, None, None, None, None, 1e-6, True
 
 
 def _eager_add_rms_norm(
@@ -145,6 +177,33 @@ def _eager_merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     weights = ((part - lse).exp().transpose(1, 2).unsqueeze(-1) for part in (lse1, lse2))
     first, second = (weight * out for weight, out in zip(weights, (out1, out2)))
     return (first + second).to(out1.dtype), lse
+
+
+def _eager_experts(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
+    bounds = group_offsets.tolist()
+    parts = zip(pairwise(bounds), weight)
+    return torch.cat([F.linear(x[first:end], w) for (first, end), w in parts])
+
+
+def _eager_latent_decode(q: Tensor, cache: Tensor, *_: Any) -> Tensor:
+    scores = torch.einsum("bqhd,bkd->bhqk", q, cache) * _LATENT_SCALE
+    return torch.einsum("bhqk,bkd->bqhd", scores.softmax(-1), cache[..., :_LATENT])
+
+
+def _latent_append(*arguments: Any) -> Tensor:
+    new, weight, cache, lengths = arguments[:4]
+    mla_cache_append(new, weight, cache, lengths)
+    written: Tensor = cache
+    return written
+
+
+def _eager_latent_append(*arguments: Any) -> Tensor:
+    new, weight, cache, lengths = arguments[:4]
+    latent, k_rope = new[:, 0].split([_LATENT, _ROPE], dim=-1)
+    row = torch.cat((F.rms_norm(latent, (_LATENT,), weight, 1e-6), k_rope), dim=-1)
+    cache[torch.arange(4, device=new.device), lengths.long()] = row
+    written: Tensor = cache
+    return written
 
 
 _ROWS_SHAPE = f"[S, {_WIDTH}]"
@@ -232,6 +291,15 @@ CASES = (
         inputs=2,
     ),
     OpCase(
+        "grouped_linear",
+        "grouped_linear",
+        f"[{_CHOSEN} x S, {_WIDTH}] by {_EXPERTS} experts [{_EXPERT_WIDTH}, {_WIDTH}]",
+        _expert_arguments,
+        grouped_linear,
+        _eager_experts,
+        inputs=2,
+    ),
+    OpCase(
         "attention (causal GQA)",
         "attention",
         f"{_HEADS_SHAPE} over {_KEY_VALUE_HEADS} heads",
@@ -265,6 +333,26 @@ CASES = (
         _append_arguments,
         _append,
         _eager_append,
+        inputs=0,
+    ),
+    OpCase(
+        "mla_decode",
+        "mla_decode",
+        f"[4, 1, {_HEADS}, {_LATENT + _ROPE}] over S latents",
+        _latent_arguments,
+        lambda q, cache, lengths, *rest: mla_decode(
+            q, cache, lengths, d_latent=_LATENT, softmax_scale=_LATENT_SCALE
+        ),
+        _eager_latent_decode,
+        inputs=0,
+    ),
+    OpCase(
+        "mla_cache_append",
+        "mla_cache_append",
+        f"one token to [4, S, {_LATENT + _ROPE}]",
+        _latent_append_arguments,
+        _latent_append,
+        _eager_latent_append,
         inputs=0,
     ),
     OpCase(

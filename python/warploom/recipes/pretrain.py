@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from warploom.models.directory import replace_directory
-from warploom.models.llama import Llama
-from warploom.models.llama_config import LlamaConfig
 from warploom.recipes import text_corpus
 from warploom.recipes._checkpoints import Checkpoints
 from warploom.recipes._extras import make_console, require
+from warploom.recipes._pretrain_models import ARCHITECTURES, build_model
 from warploom.recipes._training_log import TrainingLog, plot_losses, read_log
 from warploom.recipes._windows import Windows, spread_windows
 
@@ -47,6 +46,13 @@ class PretrainConfig:
     num_hidden_layers: Annotated[int, "Number of layers."] = 4
     num_attention_heads: Annotated[int, "Query heads."] = 4
     num_key_value_heads: Annotated[int, "Key and value heads, a divisor of the query heads."] = 2
+    architecture: Annotated[str, "llama, or deepseek-v2: latent attention and experts."] = "llama"
+    kv_lora_rank: Annotated[int, "deepseek-v2: features of the latent that is cached."] = 64
+    moe_intermediate_size: Annotated[int, "deepseek-v2: width inside an expert."] = 128
+    n_routed_experts: Annotated[int, "deepseek-v2: experts of a layer that tokens choose from."] = 8
+    n_shared_experts: Annotated[int, "deepseek-v2: experts that every token visits."] = 2
+    num_experts_per_tok: Annotated[int, "deepseek-v2: experts that a token chooses."] = 3
+    expert_balance: Annotated[float, "deepseek-v2: factor of the expert balance loss."] = 0.003
     tie_word_embeddings: Annotated[bool, "Use the embedding's matrix as output matrix too."] = True
     max_position_embeddings: Annotated[int, "Longest text that the model is told to handle."] = 1024
     sequence_length: Annotated[int, "Tokens of a training sequence."] = 256
@@ -75,6 +81,11 @@ class PretrainConfig:
             least = 0 if field.name in ("warmup_steps", "seed") else 1
             if type(value) is int and value < least:
                 raise ValueError(f"pretrain: {field.name}: expected at least {least}, got {value}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"pretrain: architecture: expected one of {', '.join(ARCHITECTURES)}, got "
+                f"{self.architecture!r}"
+            )
 
 
 _EXTRAS = ("tokenizers", "rich", "matplotlib")
@@ -106,21 +117,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def scale_residual_matrices(model: Llama) -> None:
-    """Divide the initial weights of the matrices that write to the residual stream, two a layer, by
-    the square root of their number, as GPT-2 does (Radford et al. 2019, section 2.3).
-
-    It keeps the stream's variance the same at every depth; a small model then learns faster.
-    """
-    factor = (2 * model.config.num_hidden_layers) ** -0.5
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.mul_(factor)
-
-
 def pretrain(config: PretrainConfig) -> Path:
-    """Train a LLaMA from random weights on a text.
+    """Train a language model from random weights on a text.
 
     Writes into ``config.output``: ``log.jsonl`` (a record per step: step, loss, learning_rate,
     grad_norm, tokens_per_second, and validation_loss where there was a validation), ``loss.png``,
@@ -163,7 +161,8 @@ class _Run:
         )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model = self._build_model()
+            tokenizer = text_corpus.load_tokenizer(self.tokenizer_directory)
+            self.model = build_model(config, tokenizer).to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -264,28 +263,6 @@ class _Run:
             config.output / "tokens.safetensors",
         )
         return directory, streams
-
-    def _build_model(self) -> Llama:
-        config = self.config
-        tokenizer = text_corpus.load_tokenizer(self.tokenizer_directory)
-        model = Llama(
-            LlamaConfig(
-                vocab_size=tokenizer.get_vocab_size(),
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                max_position_embeddings=config.max_position_embeddings,
-                tie_word_embeddings=config.tie_word_embeddings,
-                bos_token_id=tokenizer.token_to_id(text_corpus.BEGIN_TOKEN),
-                eos_token_id=tokenizer.token_to_id(text_corpus.END_TOKEN),
-                pad_token_id=tokenizer.token_to_id(text_corpus.PADDING_TOKEN),
-            ),
-            gradient_checkpointing=config.activation_checkpointing,
-        )
-        scale_residual_matrices(model)
-        return model.to(self.device).train()
 
     def _state(self, step: int) -> dict[str, Any]:
         """All that the rest of the run depends on; the learning rate is a function of the step."""

@@ -327,7 +327,7 @@ def attention_cache_append(
     steps = torch.arange(count, device=k.device)
     positions = cache_seqlens.long().unsqueeze(1) + steps  # [B, S]
     if cos is not None and sin is not None:
-        k = _rotate(k, cos, sin, positions, interleaved)
+        k = rotate_at(k, cos, sin, positions, interleaved)
     page_size = k_cache.shape[1]
     if block_table is None:
         blocks = torch.arange(batch, device=k.device).unsqueeze(1).expand(batch, count)
@@ -342,7 +342,7 @@ def attention_cache_append(
     v_cache[index] = v[valid].to(v_cache.dtype)
 
 
-def _rotate(k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+def rotate_at(k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """k [B, S, Hkv, D] with its first 2 * cos.shape[1] features rotated; one rounding at the end."""
     rotary_dim = 2 * cos.shape[1]
     rows = positions.clamp(max=cos.shape[0] - 1)

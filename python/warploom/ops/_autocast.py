@@ -1,0 +1,16 @@
+"""What products do under autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast floating inputs to the autocast dtype where autocast is on: for ops that are products."""
+    device_type = tensors[0].device.type
+    # Meta tensors know no autocast; asking torch whether a device does breaks the graph on 2.11.
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
