@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from warploom import _backends
 
 from tests.conftest import HAS_GPU
 
@@ -14,6 +15,9 @@ ON_GPU = ["cuda", "triton"]
 
 BACKENDS = ON_GPU if HAS_GPU else ON_CPU
 DEVICE = "cuda" if HAS_GPU else "cpu"
+# Loads the module of each: some tests call overloads by name.
+for _backend in BACKENDS:
+    _backends.unavailable(_backend, DEVICE)
 #: Interpreted or instrumented: a case costs a hundred times a native one.
 SLOW_BACKENDS = ("triton", "simt", "simt_instrumented")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "attention/attention_decode.cuh"
+#include "common/copy_bytes.h"
 
 namespace warploom::attention {
 namespace {
@@ -48,7 +49,7 @@ int unit_bytes(const void* tensor, const HeadStrides& strides, int columns, int 
     const std::int64_t elements = strides.batch | strides.sequence | strides.head | columns;
     const std::uint64_t bits = reinterpret_cast<std::uintptr_t>(tensor) |
                                static_cast<std::uint64_t>(elements) * element_bytes;
-    return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : element_bytes;
+    return coarse_copy_unit(bits, element_bytes);
 }
 
 int rows_of_group(const AttentionDecodeParams& params) {

@@ -12,4 +12,10 @@ constexpr int copy_unit(std::uint64_t places) {
     return static_cast<int>(places & (~places + 1));
 }
 
+// The same for kernels that move 16 bytes, 4, or an element.
+constexpr int coarse_copy_unit(std::uint64_t places, int element_bytes) {
+    const int unit = copy_unit(places);
+    return unit == 16 ? 16 : unit >= 4 ? 4 : element_bytes;
+}
+
 }  // namespace warploom

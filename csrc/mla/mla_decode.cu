@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common/copy_bytes.h"
 #include "mla/mla_decode_combine.cuh"
 
 namespace warploom::mla {
@@ -111,7 +112,7 @@ int unit_bytes(const void* tensor, std::int64_t strides, std::int64_t row_bytes,
     const std::uint64_t bits = reinterpret_cast<std::uintptr_t>(tensor) |
                                static_cast<std::uint64_t>(strides) * element_bytes |
                                static_cast<std::uint64_t>(row_bytes);
-    return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : element_bytes;
+    return coarse_copy_unit(bits, element_bytes);
 }
 
 DecodeWork work_of(const MlaDecodeParams& params, const DecodeCut& cut) {
@@ -120,7 +121,7 @@ DecodeWork work_of(const MlaDecodeParams& params, const DecodeCut& cut) {
     const int columns = params.d_latent + params.d_rope;
     return {.decode = params,
             .cut = cut,
-            .scale = static_cast<float>(params.softmax_scale * 1.44269504088896341),
+            .scale = static_cast<float>(params.softmax_scale) * attention::kLog2E,
             .cache_bytes = unit_bytes(
                 params.kv_cache, params.cache.batch_stride | params.cache.row_stride,
                 dense ? columns * bytes : compressed_row_bytes(params.d_latent, params.d_rope),

@@ -141,8 +141,9 @@ def define(
     """Define op `name` with one overload per backend.
 
     `signature` is the schema without the name; `native` names the backends that the compiled modules
-    implement; `triton` is "family.module:function", imported at the first call; `sharding` says how DTensors
-    may be sharded (`_sharding`), beside being replicated.
+    implement; `triton` is "family.module:function", imported at the first call, and the module's `why_not` is
+    that backend's rule; `why_not` has the rules of the others; `sharding` says how DTensors may be sharded
+    (`_sharding`), beside being replicated.
     """
     backends = ["reference", *native]
     if triton is not None:
@@ -156,10 +157,24 @@ def define(
         launcher = _lazy_triton(triton)
         for key in ("CPU", "CUDA"):
             _library.impl(f"{name}.triton", launcher, key)
-    operator = Operator(name, backends, dict(why_not or {}), sharding)
+    rules = dict(why_not or {})
+    if triton is not None:
+        rules["triton"] = _triton_rule(triton)
+    operator = Operator(name, backends, rules, sharding)
     _sharding.register(list(operator.overloads.values()), sharding)
     OPS[name] = operator
     return operator
+
+
+def _triton_rule(path: str) -> WhyNot:
+    module_name = path.partition(":")[0]
+
+    def why_not(*args: Any) -> list[str]:
+        module = importlib.import_module(f"warploom.triton_kernels.{module_name}")
+        reasons: list[str] = module.why_not(*args)
+        return reasons
+
+    return why_not
 
 
 def _lazy_triton(path: str) -> Callable[..., Any]:

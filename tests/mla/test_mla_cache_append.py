@@ -121,6 +121,23 @@ def test_compressed_rows(backend, dtype, format, largest):
         assert (error <= 0.5001 * step + 1e-5 * want.abs()).all()
 
 
+@pytest.mark.parametrize(
+    ("format", "error"),
+    [(torch.float8_e4m3fn, 0.026), (torch.int8, 0.0065)],
+    ids=["float8", "int8"],
+)
+def test_size_of_the_rounding(format, error):
+    """Of normally distributed latents, in the root mean square, as docs/kernels/mla.md states it."""
+    latent = torch.randn(1, 400, 512)
+    cache = torch.zeros(1, 400, 512 + 4 * 4, dtype=torch.uint8).view(format)
+    start = torch.zeros(1, dtype=torch.int32)
+    mla_cache_append(latent, torch.ones(512), cache, start, eps=0.0)
+    latent = latent / latent.square().mean(-1, keepdim=True).sqrt()
+    codes, raw = cache[..., :512].float(), cache.view(torch.uint8)
+    scales = raw[..., 512:].contiguous().view(torch.float32).repeat_interleave(128, dim=-1)
+    assert (codes * scales - latent).square().mean().sqrt() == pytest.approx(error, rel=0.02)
+
+
 @every_backend
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
 def test_a_contiguous_cache(backend, odd):

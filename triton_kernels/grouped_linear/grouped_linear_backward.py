@@ -11,6 +11,7 @@ from warploom.triton_kernels.common.launch import (
     Constant,
     cdiv,
     on_own_device,
+    why_not_tensors,
     with_unit_last_stride,
 )
 from warploom.triton_kernels.common.numerics import cast, dot
@@ -106,6 +107,11 @@ def grouped_linear_backward(
     if needs_weight:
         grad_weight = _grad_weight(grad_out, x, group_offsets, weight.shape[0])
     return grad_x, grad_weight
+
+
+def why_not(*args: object) -> list[str]:
+    """What the kernels of this family cannot do with the arguments of an op."""
+    return why_not_tensors(*args)
 
 
 def aot_cases() -> list[AheadOfTimeCase]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _NEUTRAL = {"attention_dropout": 0.0, "hidden_act": "silu"}
@@ -13,6 +14,29 @@ def check_neutral(values: Mapping[str, Any]) -> None:
     for name, neutral in _NEUTRAL.items():
         if values.get(name, neutral) != neutral:
             raise ValueError(f"config.json: {name}: expected {neutral}, got {values[name]!r}")
+
+
+def read_fields(
+    kind: Any,
+    values: Mapping[str, Any],
+    model_types: Mapping[str, Mapping[str, Any]],
+    nullable: Collection[str] = (),
+) -> dict[str, Any]:
+    """What a config.json says of the fields of the dataclass `kind`, over the defaults of its model type.
+
+    `model_types`: the types that are served, the first where none is named, each with its defaults.
+    `nullable`: fields, beside those of special tokens, in which null is a value.
+    """
+    model_type = values.get("model_type", next(iter(model_types)))
+    if model_type not in model_types:
+        raise ValueError(
+            f"config.json: model_type: expected one of {', '.join(model_types)}, got {model_type!r}"
+        )
+    check_neutral(values)
+    kept = {"bos_token_id", "eos_token_id", "pad_token_id", *nullable}
+    names = {field.name for field in dataclasses.fields(kind)} & values.keys()
+    given = {name: values[name] for name in names if values[name] is not None or name in kept}
+    return {**model_types[model_type], **given, "rope_parameters": read_rope(values)}
 
 
 def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warploom.models.config_fields import (
-    check_neutral,
     complete_rope,
     old_rope_fields,
-    read_rope,
+    read_fields,
     token_ids,
 )
 from warploom.nn.rope import yarn_softmax_factor
@@ -138,22 +137,7 @@ class DeepseekV2Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeepseekV2Config:
         """Reads a config.json, with `rope_parameters` or with `rope_theta` and `rope_scaling`."""
-        model_type = values.get("model_type", "deepseek_v2")
-        if model_type not in _MODEL_TYPES:
-            raise ValueError(
-                f"config.json: model_type: expected one of {', '.join(_MODEL_TYPES)}, got "
-                f"{model_type!r}"
-            )
-        check_neutral(values)
-        names = {known.name for known in dataclasses.fields(cls)} - {"rope_parameters"}
-        nullable = {"bos_token_id", "eos_token_id", "pad_token_id", "q_lora_rank"}
-        given = dict(_MODEL_TYPES[model_type])
-        given |= {
-            name: values[name]
-            for name in names & values.keys()
-            if values[name] is not None or name in nullable
-        }
-        return cls(**given, rope_parameters=read_rope(values))
+        return cls(**read_fields(cls, values, _MODEL_TYPES, nullable=("q_lora_rank",)))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that transformers reads, with the old rope fields beside the new one."""

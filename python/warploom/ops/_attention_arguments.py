@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warploom.ops._attention_ops import statistics_dtype
 from warploom.ops._check import check_device, check_floating, check_shape, check_tensor, fail
+from warploom.ops._fakes import statistics_dtype
 
 
 def window(op: str, causal: bool, window: Sequence[int]) -> tuple[int, int]:

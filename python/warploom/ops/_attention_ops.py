@@ -8,19 +8,11 @@ import torch
 from torch import Tensor
 
 from warploom._library import Differentiable, WhyNot, define
+from warploom.ops._fakes import dense, statistics_dtype
 from warploom.reference import attention as reference
 
 #: The largest head dim of the kernels; the reference and C++ take any.
 MAX_HEAD_DIM = 256
-
-
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def statistics_dtype(q: Tensor) -> torch.dtype:
-    """Of lse, sinks and slopes."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -37,18 +29,7 @@ def _fake_backward(
     bias_shape = (*lse.shape, k.shape[1]) if needs_bias else (0,)
     grad_bias = q.new_empty(bias_shape)
     grad_distance = lse.new_empty(lse.shape if needs_distance else (0,))
-    return _dense(q), _dense(k), _dense(v), grad_bias, grad_distance
-
-
-def _triton_why_not(module: str) -> WhyNot:
-    def why_not(*args: Any) -> list[str]:
-        import importlib
-
-        kernels = importlib.import_module(f"warploom.triton_kernels.attention.{module}")
-        reasons: list[str] = kernels.why_not(*args)
-        return reasons
-
-    return why_not
+    return dense(q), dense(k), dense(v), grad_bias, grad_distance
 
 
 def _head_dims(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
@@ -58,10 +39,7 @@ def _head_dims(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[str]:
     return []
 
 
-def _why_not(module: str) -> dict[str, WhyNot]:
-    kernels = ("cuda", "simt", "simt_instrumented")
-    return {"triton": _triton_why_not(module), **dict.fromkeys(kernels, _head_dims)}
-
+_KERNELS: dict[str, WhyNot] = dict.fromkeys(("cuda", "simt", "simt_instrumented"), _head_dims)
 
 _FEATURES = (
     " float softmax_scale, int window_left, int window_right, float softcap, float dropout_p,"
@@ -75,7 +53,7 @@ _attention_op = define(
     reference=reference.attention,
     fake=_fake_forward,
     triton="attention.attention:attention",
-    why_not=_why_not("attention"),
+    why_not=_KERNELS,
     sharding=(
         "B s H d, B t H d, B t H e, B H s t, B H, H, B t, -, -, -, - -> B s H e, B H s",
         "t H d, u H d, u H e, -, b H, H, -, b, b, -, - -> t H e, H t",
@@ -91,7 +69,7 @@ _attention_backward_op = define(
     reference=reference.attention_backward,
     fake=_fake_backward,
     triton="attention.attention_backward:attention_backward",
-    why_not=_why_not("attention_backward"),
+    why_not=_KERNELS,
     sharding=(
         "B s H e, B s H d, B t H d, B t H e, B s H e, B H s, B H s, B H s t, B H, B t, -, -, -"
         " -> B s H d, B t H d, B t H e, B H s t if needs_bias, B H s if needs_distance",
@@ -163,7 +141,7 @@ attention_decode_op = define(
     reference=reference.attention_decode,
     fake=_fake_forward,
     triton="attention.attention_decode:attention_decode",
-    why_not=_why_not("attention_decode"),
+    why_not=_KERNELS,
     sharding=(
         "B s H d, B t H d, B t H e, B, -, B H, H -> B s H e, B H s",
         "B s H d, p z H d, p z H e, B, B m, B H, H -> B s H e, B H s",
@@ -176,7 +154,6 @@ attention_cache_append_op = define(
     reference=reference.attention_cache_append,
     fake=lambda *args: None,
     triton="attention.attention_cache_append:attention_cache_append",
-    why_not={"triton": _triton_why_not("attention_cache_append")},
     sharding=(
         "B s H d, B s H e, B t H d, B t H e, B, -, p r, p r ->",
         "b s H d, b s H e, p z H d, p z H e, b, b m, p r, p r ->",
@@ -186,9 +163,8 @@ _merge_attention_op = define(
     "merge_attention",
     "(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2) -> (Tensor out, Tensor lse)",
     reference=reference.merge_attention,
-    fake=lambda out1, lse1, out2, lse2: (_dense(out1), _dense(lse1)),
+    fake=lambda out1, lse1, out2, lse2: (dense(out1), dense(lse1)),
     triton="attention.merge_attention:merge_attention",
-    why_not={"triton": _triton_why_not("merge_attention")},
     sharding=("B S H d, B H S, B S H d, B H S -> B S H d, B H S",),
 )
 _merge_attention_backward_op = define(
@@ -197,13 +173,12 @@ _merge_attention_backward_op = define(
     " -> (Tensor grad_out1, Tensor grad_lse1, Tensor grad_out2, Tensor grad_lse2)",
     reference=reference.merge_attention_backward,
     fake=lambda grad_out, grad_lse, out1, lse1, out2, lse2: (
-        _dense(out1),
-        _dense(lse1),
-        _dense(out2),
-        _dense(lse2),
+        dense(out1),
+        dense(lse1),
+        dense(out2),
+        dense(lse2),
     ),
     triton="attention.merge_attention:merge_attention_backward",
-    why_not={"triton": _triton_why_not("merge_attention")},
     sharding=("B S H d, B H S, B S H d, B H S, B S H d, B H S -> B S H d, B H S, B S H d, B H S",),
 )
 

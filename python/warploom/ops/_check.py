@@ -57,6 +57,24 @@ def check_device(op: str, argument: str, value: Tensor, other: str, like: Tensor
         fail(op, argument, f"{other}'s device {like.device}", value.device)
 
 
+def refuse_gradient(op: str, argument: str, value: Tensor, reason: str) -> None:
+    """RuntimeError where a gradient of `value` would be lost; `reason` says why there is none."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise RuntimeError(
+            f"{op}: {argument}: expected a tensor that needs no gradient, got one that does: {reason}"
+        )
+
+
+def check_splits(op: str, num_splits: int, split_size: int) -> None:
+    """How decoding cuts the keys: into a number of parts, or into parts of a size, or as it chooses."""
+    if num_splits < 0:
+        fail(op, "num_splits", "a number >= 0 (0: chosen)", num_splits)
+    if split_size < 0 or split_size % 64:
+        fail(op, "split_size", "a multiple of 64 (0: none)", split_size)
+    if num_splits and split_size:
+        fail(op, "split_size", "0 beside num_splits", split_size)
+
+
 def check_int32(
     op: str, argument: str, value: Tensor, other: str, like: Tensor, shape: Sequence[int | None]
 ) -> None:

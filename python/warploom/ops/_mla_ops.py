@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 from warploom._library import Differentiable, WhyNot, define
+from warploom.ops._fakes import dense, statistics_dtype
 from warploom.reference import mla as reference
 
 #: Sizes of the kernels; the reference and C++ take any.
 MAX_LATENT, MAX_ROPE, SIZE_STEP = 512, 256, 16
 
 
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake_decode(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     d_latent = rest[3]
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, queries, heads, _ = q.shape
     out = q.new_empty((batch, queries, heads, d_latent))
-    return out, q.new_empty((batch, heads, queries), dtype=statistics)
+    return out, q.new_empty((batch, heads, queries), dtype=statistics_dtype(q))
 
 
 def _sizes(d_latent: int, width: int) -> list[str]:
@@ -50,20 +46,8 @@ def _backward_sizes(*args: Any) -> list[str]:
     return _sizes(d_latent, q.shape[-1])
 
 
-def _triton(module: str) -> WhyNot:
-    def why_not(*args: Any) -> list[str]:
-        import importlib
-
-        kernels = importlib.import_module(f"warploom.triton_kernels.mla.{module}")
-        reasons: list[str] = kernels.why_not(*args)
-        return reasons
-
-    return why_not
-
-
-def _why_not(module: str, sizes: WhyNot) -> dict[str, WhyNot]:
-    kernels = ("cuda", "simt", "simt_instrumented")
-    return {"triton": _triton(module), **dict.fromkeys(kernels, sizes)}
+def _in_kernels(sizes: WhyNot) -> dict[str, WhyNot]:
+    return dict.fromkeys(("cuda", "simt", "simt_instrumented"), sizes)
 
 
 mla_decode_op = define(
@@ -73,7 +57,7 @@ mla_decode_op = define(
     reference=reference.mla_decode,
     fake=_fake_decode,
     triton="mla.mla_decode:mla_decode",
-    why_not=_why_not("mla_decode", _decode_sizes),
+    why_not=_in_kernels(_decode_sizes),
     sharding=(
         "B s H d, B t e, B, - -> B s H l, B H s",
         "B s H d, p z e, B, B m -> B s H l, B H s",
@@ -84,9 +68,9 @@ _mla_absorbed_backward_op = define(
     "(Tensor grad_out, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor? grad_lse, Tensor kv_seqlens,"
     " int d_latent, float softmax_scale, bool causal) -> (Tensor grad_q, Tensor grad_kv)",
     reference=reference.mla_absorbed_backward,
-    fake=lambda grad_out, q, kv, *rest: (_dense(q), _dense(kv)),
+    fake=lambda grad_out, q, kv, *rest: (dense(q), dense(kv)),
     triton="mla.mla_absorbed_backward:mla_absorbed_backward",
-    why_not=_why_not("mla_absorbed_backward", _backward_sizes),
+    why_not=_in_kernels(_backward_sizes),
     sharding=("B s H l, B s H d, B t d, B s H l, B H s, B H s, B -> B s H d, B t d",),
 )
 mla_cache_append_op = define(
@@ -96,7 +80,6 @@ mla_cache_append_op = define(
     reference=reference.mla_cache_append,
     fake=lambda *args: None,
     triton="mla.mla_cache_append:mla_cache_append",
-    why_not={"triton": _triton("mla_cache_append")},
     sharding=("B s d, l, B t e, B, -, -, p r, p r ->",),
 )
 

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from warploom._library import Differentiable, define
 from warploom.ops._check import check_floating, check_same, check_shape, fail
+from warploom.ops._fakes import dense
 from warploom.reference import activation as reference
-
-
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _triton_why_not(*args: Any) -> list[str]:
-    from warploom.triton_kernels.activation import gated_activation as kernels
-
-    reasons: list[str] = kernels.why_not(*args)
-    return reasons
-
 
 _gated_activation_op = define(
     "gated_activation",
     "(Tensor gate, Tensor up, str activation) -> Tensor",
     reference=reference.gated_activation,
-    fake=lambda gate, up, activation: _dense(gate),
+    fake=lambda gate, up, activation: dense(gate),
     triton="activation.gated_activation:gated_activation",
-    why_not={"triton": _triton_why_not},
     sharding=("..., ... -> ...",),
 )
 _gated_activation_backward_op = define(
     "gated_activation_backward",
     "(Tensor grad_out, Tensor gate, Tensor up, str activation) -> (Tensor grad_gate, Tensor grad_up)",
     reference=reference.gated_activation_backward,
-    fake=lambda grad_out, gate, up, activation: (_dense(gate), _dense(up)),
+    fake=lambda grad_out, gate, up, activation: (dense(gate), dense(up)),
     triton="activation.gated_activation:gated_activation_backward",
-    why_not={"triton": _triton_why_not},
     sharding=("..., ..., ... -> ..., ...",),
 )
 

@@ -36,9 +36,12 @@ from warploom.ops._check import (
     check_int32,
     check_same,
     check_shape,
+    check_splits,
     check_tensor,
     fail,
+    refuse_gradient,
 )
+from warploom.ops._fakes import statistics_dtype
 
 _ALL_KEYS = (-1, -1)
 
@@ -298,11 +301,7 @@ def attention_decode(
         check_floating(op, name, tensor)
         check_dim(op, name, tensor, 4, "[B, S, H, D]")
         check_same(op, name, tensor, "q", q)
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name}: expected a tensor that needs no gradient, got one that does: "
-                "decoding is not differentiable, `attention` is"
-            )
+        refuse_gradient(op, name, tensor, "decoding is not differentiable, `attention` is")
     batch, queries, _, dim = q.shape
     arguments.check_heads(op, q, k_cache, v_cache, ("k_cache", "v_cache"))
     check_int32(op, "cache_seqlens", cache_seqlens, "q", q, (batch,))
@@ -310,12 +309,7 @@ def attention_decode(
         check_int32(op, "block_table", block_table, "q", q, (batch, None))
     elif k_cache.shape[0] != batch:
         fail(op, "k_cache", f"q's batch {batch}", tuple(k_cache.shape))
-    if num_splits < 0:
-        fail(op, "num_splits", "a number >= 0 (0: chosen)", num_splits)
-    if split_size < 0 or split_size % 64:
-        fail(op, "split_size", "a multiple of 64 (0: none)", split_size)
-    if num_splits and split_size:
-        fail(op, "split_size", "0 beside num_splits", split_size)
+    check_splits(op, num_splits, split_size)
     if (k is None) != (v is None):
         fail(op, "v" if v is None else "k", "a tensor beside the other one", None)
     if rotary is not None and k is None:
@@ -403,8 +397,8 @@ def merge_attention(
     *rows, heads, _ = out1.shape
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         check_tensor(op, name, lse)
-        if lse.dtype != ops.statistics_dtype(out1):
-            raise TypeError(f"{op}: {name}: expected {ops.statistics_dtype(out1)}, got {lse.dtype}")
+        if lse.dtype != statistics_dtype(out1):
+            raise TypeError(f"{op}: {name}: expected {statistics_dtype(out1)}, got {lse.dtype}")
         check_device(op, name, lse, "out1", out1)
         check_shape(op, name, lse, (*rows[:-1], heads, rows[-1]))
     if packed:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from warploom._library import Differentiable, WhyNot, define
+from warploom._library import Differentiable, define
 from warploom.ops._autocast import autocast
 from warploom.ops._check import check_dim, check_floating, check_int32, check_same, fail
 from warploom.reference import grouped_linear as reference
@@ -16,23 +16,12 @@ def _dense_or_empty(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape if needed else (0,))
 
 
-def _triton_why_not() -> WhyNot:
-    def why_not(*args: Any) -> list[str]:
-        from warploom.triton_kernels.grouped_linear import grouped_linear as kernels
-
-        reasons: list[str] = kernels.why_not(*args)
-        return reasons
-
-    return why_not
-
-
 _grouped_linear_op = define(
     "grouped_linear",
     "(Tensor x, Tensor weight, Tensor group_offsets) -> Tensor",
     reference=reference.grouped_linear,
     fake=lambda x, weight, group_offsets: x.new_empty((x.shape[0], weight.shape[1])),
     triton="grouped_linear.grouped_linear:grouped_linear",
-    why_not={"triton": _triton_why_not()},
     sharding=("m K, g N K, o -> m N",),
 )
 _grouped_linear_backward_op = define(
@@ -45,7 +34,6 @@ _grouped_linear_backward_op = define(
         _dense_or_empty(weight, needs_weight),
     ),
     triton="grouped_linear.grouped_linear_backward:grouped_linear_backward",
-    why_not={"triton": _triton_why_not()},
     sharding=("m N, m K, g N K, o -> m K if needs_x, g N K if needs_weight",),
 )
 

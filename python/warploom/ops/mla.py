@@ -35,8 +35,10 @@ from warploom.ops._check import (
     check_int32,
     check_same,
     check_shape,
+    check_splits,
     check_tensor,
     fail,
+    refuse_gradient,
 )
 from warploom.ops._mla_prefix import Prefix, expand_latent
 from warploom.ops.attention import attention, attention_varlen
@@ -124,20 +126,11 @@ def mla_decode(
     check_dim(op, "q", q, 4, "[B, Sq, H, d_latent + d_rope]")
     _check_cache(op, kv_cache, q, q.shape[-1], d_latent)
     for name, tensor in (("q", q), ("kv_cache", kv_cache)):
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name}: expected a tensor that needs no gradient, got one that does: "
-                "decoding is not differentiable, `mla_absorbed` is"
-            )
+        refuse_gradient(op, name, tensor, "decoding is not differentiable, `mla_absorbed` is")
     batch = q.shape[0]
     check_int32(op, "cache_seqlens", cache_seqlens, "q", q, (batch,))
     _check_table(op, kv_cache, block_table, q, batch)
-    if num_splits < 0:
-        fail(op, "num_splits", "a number >= 0 (0: chosen)", num_splits)
-    if split_size < 0 or split_size % 64:
-        fail(op, "split_size", "a multiple of 64 (0: none)", split_size)
-    if num_splits and split_size:
-        fail(op, "split_size", "0 beside num_splits", split_size)
+    check_splits(op, num_splits, split_size)
     args = (
         q,
         kv_cache,
@@ -250,11 +243,7 @@ def mla_cache_append(
     check_device(op, "norm_weight", norm_weight, "compressed_kv", compressed_kv)
     _check_cache(op, kv_cache, compressed_kv, compressed_kv.shape[-1], norm_weight.shape[0])
     for name, tensor in (("compressed_kv", compressed_kv), ("norm_weight", norm_weight)):
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name}: expected a tensor that needs no gradient, got one that does: "
-                "a cache is not differentiable, use torch.no_grad()"
-            )
+        refuse_gradient(op, name, tensor, "a cache is not differentiable, use torch.no_grad()")
     check_int32(op, "cache_seqlens", cache_seqlens, "compressed_kv", compressed_kv, (None,))
     batch = cache_seqlens.shape[0]
     _check_table(op, kv_cache, block_table, compressed_kv, batch)

@@ -16,56 +16,29 @@ from warploom.ops._check import (
     check_tensor,
     fail,
 )
+from warploom.ops._fakes import dense, statistics_dtype
 from warploom.reference import norm as reference
 
 
 def _statistics(x: Tensor) -> Tensor:
     """Where a row's mean or rstd goes: float32 (float64 for float64 x), x's shape without the last."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:-1], dtype=dtype)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _triton_rms_norm(*args: Any) -> list[str]:
-    from warploom.triton_kernels.norm import rms_norm as kernels
-
-    reasons: list[str] = kernels.why_not(*args)
-    return reasons
-
-
-def _triton_layer_norm(*args: Any) -> list[str]:
-    from warploom.triton_kernels.norm import layer_norm as kernels
-
-    reasons: list[str] = kernels.why_not(*args)
-    return reasons
-
-
-def _triton_l2_norm(*args: Any) -> list[str]:
-    from warploom.triton_kernels.norm import l2_norm as kernels
-
-    reasons: list[str] = kernels.why_not(*args)
-    return reasons
+    return x.new_empty(x.shape[:-1], dtype=statistics_dtype(x))
 
 
 _rms_norm_op = define(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
     reference=reference.rms_norm,
-    fake=lambda x, weight, eps: (_dense(x), _statistics(x)),
+    fake=lambda x, weight, eps: (dense(x), _statistics(x)),
     triton="norm.rms_norm:rms_norm",
-    why_not={"triton": _triton_rms_norm},
     sharding=("... n, n -> ... n, ...",),
 )
 _add_rms_norm_op = define(
     "add_rms_norm",
     "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor sum, Tensor rstd)",
     reference=reference.add_rms_norm,
-    fake=lambda x, residual, weight, eps: (_dense(x), _dense(x), _statistics(x)),
+    fake=lambda x, residual, weight, eps: (dense(x), dense(x), _statistics(x)),
     triton="norm.rms_norm:add_rms_norm",
-    why_not={"triton": _triton_rms_norm},
     sharding=("... n, ... n, n -> ... n, ... n, ...",),
 )
 _rms_norm_backward_op = define(
@@ -73,18 +46,16 @@ _rms_norm_backward_op = define(
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_sum)"
     " -> (Tensor grad_x, Tensor grad_weight)",
     reference=reference.rms_norm_backward,
-    fake=lambda grad_out, x, weight, rstd, grad_sum: (_dense(x), torch.empty_like(weight)),
+    fake=lambda grad_out, x, weight, rstd, grad_sum: (dense(x), torch.empty_like(weight)),
     triton="norm.rms_norm:rms_norm_backward",
-    why_not={"triton": _triton_rms_norm},
     sharding=("... n, ... n, n, ..., ... n -> ... n, n",),
 )
 _layer_norm_op = define(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
     reference=reference.layer_norm,
-    fake=lambda x, weight, bias, eps: (_dense(x), _statistics(x), _statistics(x)),
+    fake=lambda x, weight, bias, eps: (dense(x), _statistics(x), _statistics(x)),
     triton="norm.layer_norm:layer_norm",
-    why_not={"triton": _triton_layer_norm},
     sharding=("... n, n, n -> ... n, ..., ...",),
 )
 _layer_norm_backward_op = define(
@@ -93,12 +64,11 @@ _layer_norm_backward_op = define(
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     reference=reference.layer_norm_backward,
     fake=lambda grad_out, x, weight, mean, rstd: (
-        _dense(x),
+        dense(x),
         torch.empty_like(weight),
         torch.empty_like(weight),
     ),
     triton="norm.layer_norm:layer_norm_backward",
-    why_not={"triton": _triton_layer_norm},
     sharding=("... n, ... n, n, ..., ... -> ... n, n, n",),
 )
 
@@ -107,18 +77,16 @@ _l2_norm_op = define(
     "l2_norm",
     "(Tensor x, float eps) -> (Tensor out, Tensor rnorm)",
     reference=reference.l2_norm,
-    fake=lambda x, eps: (_dense(x), _statistics(x)),
+    fake=lambda x, eps: (dense(x), _statistics(x)),
     triton="norm.l2_norm:l2_norm",
-    why_not={"triton": _triton_l2_norm},
     sharding=("... n -> ... n, ...",),
 )
 _l2_norm_backward_op = define(
     "l2_norm_backward",
     "(Tensor grad_out, Tensor x, Tensor rnorm) -> Tensor",
     reference=reference.l2_norm_backward,
-    fake=lambda grad_out, x, rnorm: _dense(x),
+    fake=lambda grad_out, x, rnorm: dense(x),
     triton="norm.l2_norm:l2_norm_backward",
-    why_not={"triton": _triton_l2_norm},
     sharding=("... n, ... n, ... -> ... n",),
 )
 

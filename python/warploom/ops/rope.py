@@ -16,25 +16,15 @@ from warploom.ops._check import (
     check_tensor,
     fail,
 )
+from warploom.ops._fakes import dense
 from warploom.reference import rope as reference
-
-
-def _triton_why_not(*args: Any) -> list[str]:
-    from warploom.triton_kernels.rope import rotary as kernels
-
-    reasons: list[str] = kernels.why_not(*args)
-    return reasons
-
 
 _apply_rotary_op = define(
     "apply_rotary",
     "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate) -> Tensor",
     reference=reference.apply_rotary,
-    fake=lambda x, cos, sin, positions, interleaved, conjugate: torch.empty_like(
-        x, memory_format=torch.contiguous_format
-    ),
+    fake=lambda x, cos, sin, positions, interleaved, conjugate: dense(x),
     triton="rope.rotary:apply_rotary",
-    why_not={"triton": _triton_why_not},
     sharding=(
         "B s H d, p r, p r, - -> B s H d",
         "B S H d, p r, p r, B S -> B S H d",
