@@ -39,7 +39,13 @@ CPU_ISAS = {
     "v4_bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
 }
 #: The CPU units that are compiled with v4_bf16, too: those that declare WARPLOOM_DECLARE_CPU_BF16.
-BF16_UNITS = ("attention_decode_cpu", "mla_decode_cpu")
+BF16_UNITS = (
+    "attention_cpu",
+    "attention_backward_cpu",
+    "attention_decode_cpu",
+    "mla_absorbed_backward_cpu",
+    "mla_decode_cpu",
+)
 
 
 def fail(message: str) -> None:

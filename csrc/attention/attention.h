@@ -91,7 +91,7 @@ struct AttentionParams {
 };
 
 // Any head_dim and value_dim, float64 too.
-WARPLOOM_DECLARE_CPU(attention_forward_cpu, AttentionParams)
+WARPLOOM_DECLARE_CPU_BF16(attention_forward_cpu, AttentionParams)
 
 // Queues the forward kernel. float32, float16 and bfloat16, head_dim and value_dim from 1 to 256,
 // heads a multiple of kv_heads; else it throws. Any other size may be 0. Packed: out and lse of

@@ -53,7 +53,7 @@ struct AttentionBackwardParams {
     DType dtype;  // of every tensor but lse, grad_lse, delta and grad_distance
 };
 
-WARPLOOM_DECLARE_CPU(attention_backward_cpu, AttentionBackwardParams)
+WARPLOOM_DECLARE_CPU_BF16(attention_backward_cpu, AttentionBackwardParams)
 
 // Queues the backward kernels: fixed orders of sums, no atomics. Limits as attention_forward_cuda.
 // Packed: gradients of rows that belong to no sequence are left as they are (the seam has filled

@@ -25,35 +25,43 @@ constexpr std::int64_t kMostShares = 4;
 template <typename T>
 class Backward {
     using W = Wide<T>;
+    using Term = typename Terms<T>::Term;
 
     // Tiles of one thread.
     struct Workspace {
-        W* queries;      // [kTileRows, depth]
-        W* grads;        // [kTileRows, columns] of grad_out
-        W* keys;         // [kTileKeys, depth]
-        W* keys_t;       // [depth, kTileKeys]
-        W* values;       // [kTileKeys, columns]
-        W* values_t;     // [columns, kTileKeys]
-        W* key_grads;    // [kTileKeys, depth]
-        W* value_grads;  // [kTileKeys, columns]
-        W* scores;       // [kTileRows, kTileKeys], then what multiplies grad_out
-        W* score_grads;  // [kTileRows, kTileKeys]
-        W* slopes;       // [kTileKeys] of the soft-cap
-        W* factors;      // [kTileKeys] of dropout
+        Term* queries;          // [kTileRows, depth]
+        Term* grads;            // [kTileRows, columns] of grad_out
+        Term* keys;             // [kTileKeys, depth]
+        Term* keys_t;           // [depth, kTileKeys]
+        Term* values;           // [kTileKeys, columns]
+        Term* values_t;         // [columns, kTileKeys]
+        Term* weights;          // [kTileRows, kTileKeys] of scores, then of score_grads
+        Term* stacked_weights;  // the same
+        Term* stacked_rows;     // [kTileRows, depth or columns]
+        W* key_grads;           // [kTileKeys, depth]
+        W* value_grads;         // [kTileKeys, columns]
+        W* scores;              // [kTileRows, kTileKeys], then what multiplies grad_out
+        W* score_grads;         // [kTileRows, kTileKeys]
+        W* slopes;              // [kTileKeys] of the soft-cap
+        W* factors;             // [kTileKeys] of dropout
 
-        Workspace(Scratch<W>& scratch, std::int64_t depth, std::int64_t columns)
-            : queries(scratch.take(kTileRows * depth)),
-              grads(scratch.take(kTileRows * columns)),
-              keys(scratch.take(kTileKeys * depth)),
-              keys_t(scratch.take(kTileKeys * depth)),
-              values(scratch.take(kTileKeys * columns)),
-              values_t(scratch.take(kTileKeys * columns)),
-              key_grads(scratch.take(kTileKeys * depth)),
-              value_grads(scratch.take(kTileKeys * columns)),
-              scores(scratch.take(kTileRows * kTileKeys)),
-              score_grads(scratch.take(kTileRows * kTileKeys)),
-              slopes(scratch.take(kTileKeys)),
-              factors(scratch.take(kTileKeys)) {}
+        Workspace(Scratch<Term>& terms, Scratch<W>& numbers, std::int64_t depth,
+                  std::int64_t columns)
+            : queries(terms.take(Terms<T>::count(kTileRows * depth))),
+              grads(terms.take(Terms<T>::count(kTileRows * columns))),
+              keys(terms.take(Terms<T>::count(kTileKeys * depth))),
+              keys_t(terms.take(Terms<T>::count(kTileKeys * depth))),
+              values(terms.take(Terms<T>::count(kTileKeys * columns))),
+              values_t(terms.take(Terms<T>::count(kTileKeys * columns))),
+              weights(terms.take(Terms<T>::count(kTileRows * kTileKeys))),
+              stacked_weights(terms.take(Terms<T>::count(kTileRows * kTileKeys))),
+              stacked_rows(terms.take(Terms<T>::count(kTileRows * std::max(depth, columns)))),
+              key_grads(numbers.take(kTileKeys * depth)),
+              value_grads(numbers.take(kTileKeys * columns)),
+              scores(numbers.take(kTileRows * kTileKeys)),
+              score_grads(numbers.take(kTileRows * kTileKeys)),
+              slopes(numbers.take(kTileKeys)),
+              factors(numbers.take(kTileKeys)) {}
     };
 
   public:
@@ -82,9 +90,11 @@ class Backward {
             start_row(sequence, at, row);
         });
         share_tasks(heads_ * shares_, [&](auto take) {
-            Scratch<W> scratch(kTileRows * (depth_ + columns_ + 2 * kTileKeys) +
-                               kTileKeys * (3 * depth_ + 3 * columns_ + 2));
-            const Workspace work(scratch, depth_, columns_);
+            Scratch<Term> terms(Terms<T>::count(
+                kTileRows * (depth_ + columns_ + 2 * kTileKeys + std::max(depth_, columns_)) +
+                kTileKeys * (2 * depth_ + 2 * columns_)));
+            Scratch<W> numbers(2 * kTileRows * kTileKeys + kTileKeys * (depth_ + columns_ + 2));
+            const Workspace work(terms, numbers, depth_, columns_);
             for (std::int64_t task; take(task);) {
                 run_share(task / shares_, task % shares_, work);
             }
@@ -213,22 +223,31 @@ class Backward {
                                kv_head * group_, group_, first, count, work.queries);
         Tiles<T>::load_queries(params_.grad_out, params_.grad_out_strides, params_.value_dim,
                                sequence, kv_head * group_, group_, first, count, work.grads);
-        product<false>(work.queries, depth_, kOne, count, work.keys_t, params_.head_dim, kTileKeys,
-                       work.scores);
-        product<false>(work.grads, columns_, kOne, count, work.values_t, params_.value_dim,
-                       kTileKeys, work.score_grads);
+        product<false>(work.queries, Terms<T>::count(depth_), kOne, count, work.keys_t,
+                       Terms<T>::count(params_.head_dim), kTileKeys, work.scores);
+        product<false>(work.grads, Terms<T>::count(columns_), kOne, count, work.values_t,
+                       Terms<T>::count(params_.value_dim), kTileKeys, work.score_grads);
         for (std::int64_t m = 0; m < count; ++m) {
             const std::int64_t row = first_row + m;
             differentiate_row(sequence, place(sequence, kv_head, first + m), keys, deltas_[row],
                               work.scores + m * kTileKeys, work.score_grads + m * kTileKeys,
                               distance_grads_[share * rows_ + row], work);
         }
-        // The strides of the transposes: row n of P^T is column n of P.
-        product<true>(work.scores, kOne, kTileKeys, key_count, work.grads, count, columns_,
-                      work.value_grads);
-        product<true>(work.score_grads, kOne, kTileKeys, key_count, work.queries, count, depth_,
-                      work.key_grads);
-        product<true>(work.score_grads, kTileKeys, kOne, count, work.keys, key_count, depth_,
+        // The strides of the transpose: row n of P^T is column n of P.
+        const auto add_to_keys = [&](const Term* weights, const Term* rows, std::int64_t columns,
+                                     W* sums) {
+            product<true>(Terms<T>::stack_rows(weights, count, kTileKeys, work.stacked_weights),
+                          kOne, kTileKeys, key_count,
+                          Terms<T>::stack_rows(rows, count, columns, work.stacked_rows),
+                          Terms<T>::count(count), columns, sums);
+        };
+        add_to_keys(Terms<T>::load_scores(work.scores, count, work.weights), work.grads, columns_,
+                    work.value_grads);
+        const Term* weights = Terms<T>::load_scores(work.score_grads, count, work.weights);
+        add_to_keys(weights, work.queries, depth_, work.key_grads);
+        product<true>(weights, Terms<T>::count(kTileKeys), kOne, count,
+                      Terms<T>::stack_rows(work.keys, kTileKeys, depth_, work.stacked_rows),
+                      Terms<T>::count(key_count), depth_,
                       query_grads_ + (share * rows_ + first_row) * depth_);
     }
 

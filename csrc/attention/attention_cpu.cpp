@@ -18,26 +18,32 @@ namespace {
 template <typename T>
 class Forward {
     using W = Wide<T>;
+    using Term = typename Terms<T>::Term;
 
     // Tiles of one thread.
     struct Workspace {
-        W* queries;     // [kTileRows, depth]
-        W* keys;        // [kTileKeys, depth]
-        W* transposed;  // [depth, kTileKeys] of keys
-        W* values;      // [kTileKeys, columns]
-        W* scores;      // [kTileRows, kTileKeys]
-        W* sums;        // [kTileRows, columns] of exp(score - maximum) v
-        W* factors;     // [kTileKeys] of dropout
+        Term* queries;     // [kTileRows, depth]
+        Term* keys;        // [kTileKeys, depth]
+        Term* transposed;  // [depth, kTileKeys] of keys
+        Term* values;      // [kTileKeys, columns]
+        Term* stacked;     // [kTileKeys, columns] of values
+        Term* weights;     // [kTileRows, kTileKeys] of scores
+        W* scores;         // [kTileRows, kTileKeys], then exp(score - maximum)
+        W* sums;           // [kTileRows, columns] of exp(score - maximum) v
+        W* factors;        // [kTileKeys] of dropout
         Softmax<W> states[kTileRows];
 
-        Workspace(Scratch<W>& scratch, std::int64_t depth, std::int64_t columns)
-            : queries(scratch.take(kTileRows * depth)),
-              keys(scratch.take(kTileKeys * depth)),
-              transposed(scratch.take(kTileKeys * depth)),
-              values(scratch.take(kTileKeys * columns)),
-              scores(scratch.take(kTileRows * kTileKeys)),
-              sums(scratch.take(kTileRows * columns)),
-              factors(scratch.take(kTileKeys)) {}
+        Workspace(Scratch<Term>& terms, Scratch<W>& numbers, std::int64_t depth,
+                  std::int64_t columns)
+            : queries(terms.take(Terms<T>::count(kTileRows * depth))),
+              keys(terms.take(Terms<T>::count(kTileKeys * depth))),
+              transposed(terms.take(Terms<T>::count(kTileKeys * depth))),
+              values(terms.take(Terms<T>::count(kTileKeys * columns))),
+              stacked(terms.take(Terms<T>::count(kTileKeys * columns))),
+              weights(terms.take(Terms<T>::count(kTileRows * kTileKeys))),
+              scores(numbers.take(kTileRows * kTileKeys)),
+              sums(numbers.take(kTileRows * columns)),
+              factors(numbers.take(kTileKeys)) {}
     };
 
   public:
@@ -55,9 +61,10 @@ class Forward {
             tasks += params_.kv_heads * row_tiles(sequence_of(params_.sequences, batch));
         }
         share_tasks(tasks, [&](auto take) {
-            Scratch<W> scratch(kTileRows * (depth_ + columns_ + kTileKeys) +
-                               kTileKeys * (2 * depth_ + columns_ + 1));
-            Workspace work(scratch, depth_, columns_);
+            Scratch<Term> terms(Terms<T>::count(kTileRows * (depth_ + kTileKeys) +
+                                                kTileKeys * (2 * depth_ + 2 * columns_)));
+            Scratch<W> numbers(kTileRows * (columns_ + kTileKeys) + kTileKeys);
+            Workspace work(terms, numbers, depth_, columns_);
             for (std::int64_t task; take(task);) {
                 run_task(task, work);
             }
@@ -124,8 +131,9 @@ class Forward {
         Tiles<T>::load_keys(params_.v, params_.v_strides, params_.value_dim, params_.sequences,
                             sequence, kv_head, keys, work.values, nullptr);
         W* scores = work.scores;
-        product<false>(work.queries + (begin - first) * depth_, depth_, std::int64_t{1},
-                       end - begin, work.transposed, params_.head_dim, kTileKeys, scores);
+        const std::int64_t depth = Terms<T>::count(depth_);
+        product<false>(work.queries + (begin - first) * depth, depth, std::int64_t{1}, end - begin,
+                       work.transposed, Terms<T>::count(params_.head_dim), kTileKeys, scores);
         for (std::int64_t row = begin; row < end; ++row) {
             W* row_scores = scores + (row - begin) * kTileKeys;
             const RowPlace at = place(sequence, kv_head, row);
@@ -140,8 +148,11 @@ class Forward {
                 }
             }
         }
-        product<true>(scores, kTileKeys, std::int64_t{1}, end - begin, work.values,
-                      keys.end - keys.begin, columns_, work.sums + (begin - first) * columns_);
+        product<true>(Terms<T>::load_scores(scores, end - begin, work.weights),
+                      Terms<T>::count(kTileKeys), std::int64_t{1}, end - begin,
+                      Terms<T>::stack_rows(work.values, kTileKeys, columns_, work.stacked),
+                      Terms<T>::count(keys.end - keys.begin), columns_,
+                      work.sums + (begin - first) * columns_);
     }
 
     void finish_row(const Sequence& sequence, const RowPlace& at, const Softmax<W>& state,

@@ -190,9 +190,7 @@ struct RowProducts {
 };
 
 #if defined(__AVX512BF16__)
-// Of bfloat16 by an instruction that multiplies 32 elements with 32 others and adds the products,
-// by twos, to 16 sums in float32. Nothing is widened; weights are rounded to bfloat16, as on a GPU.
-// The instruction takes subnormal numbers as 0, and so are its results.
+// Of bfloat16 as they are: weights are rounded, as on a GPU.
 template <>
 struct RowProducts<BFloat16> {
     static constexpr int kKeys = 8;
@@ -216,7 +214,7 @@ struct RowProducts<BFloat16> {
         for (int first = 0; first < kKeys; first += kBlock) {
             Vector<float> sums[kQueries * kBlock] = {};
             for (std::int64_t i = 0; i < columns; i += kStep<BFloat16>) {
-                const __mmask32 mask = step_mask(columns - i);
+                const __mmask32 mask = bfloat16_mask(columns - i);
                 __m512i rows[kBlock];
                 for (int n = 0; n < kBlock; ++n) {
                     rows[n] = _mm512_maskz_loadu_epi16(mask, keys[first + n] + offset + i);
@@ -251,7 +249,7 @@ struct RowProducts<BFloat16> {
             }
         }
         for (std::int64_t i = 0; i < columns; i += kStep<BFloat16>) {
-            const __mmask32 mask = step_mask(columns - i);
+            const __mmask32 mask = bfloat16_mask(columns - i);
             __m512i first[kPairs];
             __m512i second[kPairs];
             for (int n = 0; n < kPairs; ++n) {
@@ -273,16 +271,6 @@ struct RowProducts<BFloat16> {
                 store_vector(sum + kLanes<float>, high);
             }
         }
-    }
-
-  private:
-    static Vector<float> add_products(Vector<float> sums, __m512i a, __m512i b) {
-        return _mm512_dpbf16_ps(sums, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
-    }
-
-    // Marks the elements of a step when `left` are left; the others are zeros, and not read.
-    static __mmask32 step_mask(std::int64_t left) {
-        return left < kStep<BFloat16> ? (1u << left) - 1u : ~0u;
     }
 };
 #endif

@@ -83,35 +83,41 @@ std::int64_t last_at_most(const Number* numbers, std::int64_t count, std::int64_
 // Tiles of up to kTileRows rows, kTileKeys keys and their scores in scratch memory.
 template <typename T>
 struct Tiles {
-    using W = Wide<T>;
+    using Term = typename Terms<T>::Term;
 
-    // The keys of `range`, row by row, in `keys`, and with `transposed` [head_dim, kTileKeys]
+    // Terms of a row.
+    static std::int64_t stride(std::int64_t columns) {
+        return Terms<T>::count(padded<Wide<T>>(columns));
+    }
+
+    // The keys of `range`, row by row, in `rows`, and with `transposed` [head_dim, kTileKeys]
     // there.
     static void load_keys(const void* tensor, const HeadStrides& strides, std::int64_t columns,
                           const Sequences& sequences, const Sequence& sequence, std::int64_t head,
-                          const KeyRange& range, W* rows, W* transposed) {
-        const std::int64_t stride = padded<W>(columns);
+                          const KeyRange& range, Term* rows, Term* transposed) {
         for (std::int64_t key = range.begin; key < range.end; ++key) {
-            load_row(
+            Terms<T>::load_row(
                 static_cast<const T*>(tensor) + sequence.key_offset(sequences, key, head, strides),
-                columns, rows + (key - range.begin) * stride);
+                columns, rows + (key - range.begin) * stride(columns));
         }
         // What the transpose of an incomplete tile has in its last columns goes nowhere, but must
         // not be slow to compute with.
         const std::int64_t missing = kTileKeys - (range.end - range.begin);
-        std::fill_n(rows + (kTileKeys - missing) * stride, missing * stride, W{0});
+        std::fill_n(rows + (kTileKeys - missing) * stride(columns), missing * stride(columns),
+                    Term{});
         if (transposed != nullptr) {
-            transpose(rows, stride, transposed);
+            transpose(rows, stride(columns), transposed);
         }
     }
 
     static void load_queries(const void* tensor, const HeadStrides& strides, std::int64_t columns,
                              const Sequence& sequence, std::int64_t first_head, std::int64_t group,
-                             std::int64_t first_row, std::int64_t count, W* rows) {
+                             std::int64_t first_row, std::int64_t count, Term* rows) {
         for (std::int64_t row = first_row; row < first_row + count; ++row) {
-            load_row(static_cast<const T*>(tensor) +
-                         sequence.query_offset(row / group, first_head + row % group, strides),
-                     columns, rows + (row - first_row) * padded<W>(columns));
+            Terms<T>::load_row(
+                static_cast<const T*>(tensor) +
+                    sequence.query_offset(row / group, first_head + row % group, strides),
+                columns, rows + (row - first_row) * stride(columns));
         }
     }
 };

@@ -1,5 +1,5 @@
-// What the attention of CPUs is built from: vectors, scratch memory, tiles of rows in float32
-// (float64 for float64 tensors), and their product. Included by <op>_cpu.cpp only (see common/cpu.h
+// What the attention of CPUs is built from: vectors, scratch memory, tiles of rows, and their
+// product in float32 (float64 for float64 tensors). Included by <op>_cpu.cpp only (see common/cpu.h
 // on namespaces).
 #pragma once
 
@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <new>
 #include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "attention/attention.h"
 #include "common/cpu_float.h"
@@ -38,6 +42,17 @@ struct VectorType<double> {
     typedef double Type __attribute__((vector_size(kVectorBytes)));
     typedef std::int64_t Index __attribute__((vector_size(kVectorBytes)));
 };
+#if defined(__AVX512BF16__)
+// Two neighbours in one word, the first in its lower half.
+struct BFloat16Pair {
+    std::uint32_t bits;
+};
+template <>
+struct VectorType<BFloat16Pair> {
+    typedef std::uint32_t Type __attribute__((vector_size(kVectorBytes)));
+    typedef std::int32_t Index __attribute__((vector_size(kVectorBytes)));
+};
+#endif
 template <typename W>
 using Vector = typename VectorType<W>::Type;
 template <typename W>
@@ -101,17 +116,94 @@ void share_tasks(std::int64_t count, Body body) {
     parallel_for(threads, 1, [&](std::int64_t, std::int64_t) { body(take); });
 }
 
-// Row `from` of a tensor in `to`, zeros up to padded(columns).
+// What products of rows of type T read: terms, of elements that are neighbours along the summed
+// dimension. Here an element is a term, widened, and a tile of rows is an operand on either side.
 template <typename T>
-void load_row(const T* from, std::int64_t columns, Wide<T>* to) {
+struct Terms {
+    using W = Wide<T>;
+    using Term = W;
+
+    // Terms of so many elements.
+    static std::int64_t count(std::int64_t elements) { return elements; }
+
+    // Row `from` of a tensor in `to`, zeros up to padded(columns).
+    static void load_row(const T* from, std::int64_t columns, Term* to) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < columns; ++i) {
-        to[i] = widen(from[i]);
+        for (std::int64_t i = 0; i < columns; ++i) {
+            to[i] = widen(from[i]);
+        }
+        for (std::int64_t i = columns; i < padded<W>(columns); ++i) {
+            to[i] = 0;
+        }
     }
-    for (std::int64_t i = columns; i < padded<Wide<T>>(columns); ++i) {
-        to[i] = 0;
+
+    // Rows of scores as a tile of rows: `from`, or a copy in `to`.
+    static const Term* load_scores(const W* from, std::int64_t, Term*) { return from; }
+
+    // A tile of rows for a sum over its rows: `from`, or a copy in `to`.
+    static const Term* stack_rows(const Term* from, std::int64_t, std::int64_t, Term*) {
+        return from;
     }
+};
+
+#if defined(__AVX512BF16__)
+// Marks the elements of a vector when `left` are left; the others are zeros, and not read.
+inline __mmask32 bfloat16_mask(std::int64_t left) {
+    return left < 2 * kLanes<BFloat16Pair> ? (1u << left) - 1u : ~0u;
 }
+
+// Multiplies 32 elements with 32 others and adds the products, by twos, to 16 sums. Takes subnormal
+// numbers as 0, and so are its results.
+inline Vector<float> add_products(Vector<float> sums, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sums, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
+}
+
+// Of bfloat16 a term is two elements as they are. Scores are rounded, as on a GPU, and rows to sum
+// up are copied two by two: [ceil(rows / 2), columns] terms.
+template <>
+struct Terms<BFloat16> {
+    using Term = BFloat16Pair;
+
+    static std::int64_t count(std::int64_t elements) { return ceil_divide(elements, 2); }
+
+    static void load_row(const BFloat16* from, std::int64_t columns, Term* to) {
+        for (std::int64_t i = 0; i < count(columns); i += kLanes<Term>) {
+            const __mmask32 mask = bfloat16_mask(columns - 2 * i);
+            _mm512_store_si512(to + i, _mm512_maskz_loadu_epi16(mask, from + 2 * i));
+        }
+    }
+
+    static const Term* load_scores(const float* from, std::int64_t rows, Term* to) {
+        for (std::int64_t i = 0; i < rows * count(kTileKeys); i += kLanes<Term>) {
+            const float* scores = from + 2 * i;
+            const auto rounded =
+                _mm512_cvtne2ps_pbh(load_vector(scores + kLanes<float>), load_vector(scores));
+            _mm512_store_si512(to + i, std::bit_cast<__m512i>(rounded));
+        }
+        return to;
+    }
+
+    static const Term* stack_rows(const Term* from, std::int64_t rows, std::int64_t columns,
+                                  Term* to) {
+        const std::int64_t stride = count(columns);
+        for (std::int64_t n = 0; n < rows; n += 2) {
+            const Term* first = from + n * stride;
+            // Nothing, zeros, is the second of a last row.
+            const std::uint32_t kept = n + 1 < rows ? ~0u : 0u;
+            const Term* second = kept ? first + stride : first;
+            Term* pairs = to + n / 2 * columns;
+#pragma omp simd
+            for (std::int64_t i = 0; i < stride; ++i) {
+                const std::uint32_t a = first[i].bits;
+                const std::uint32_t b = second[i].bits & kept;
+                pairs[2 * i].bits = (a & 0xffffu) | (b << 16);
+                pairs[2 * i + 1].bits = (a >> 16) | (b & 0xffff0000u);
+            }
+        }
+        return to;
+    }
+};
+#endif
 
 template <typename T>
 void store_row(const Wide<T>* from, Wide<T> factor, std::int64_t columns, T* to) {
@@ -181,8 +273,8 @@ inline void transpose_block(Vector<W>* rows) {
     }
 }
 
-// to[i, n] = from[n, i] for kTileKeys rows n of `columns` (padded) elements; rows of `to` have
-// kTileKeys.
+// to[i, n] = from[n, i] for kTileKeys rows n of `columns` (whole vectors) elements; rows of `to`
+// have kTileKeys.
 template <typename W>
 void transpose(const W* from, std::int64_t columns, W* to) {
     constexpr int kBlock = kLanes<W>;
@@ -201,23 +293,42 @@ void transpose(const W* from, std::int64_t columns, W* to) {
 }
 
 // Terms that are added up one after the other; such sums are added up then, so that rounding errors
-// grow with kTerms and with the number of sums.
+// grow with kTerms and with the number of sums. Those of bfloat16 are small beside its own.
+template <typename Term>
 constexpr std::int64_t kTerms = 16;
+#if defined(__AVX512BF16__)
+template <>
+constexpr std::int64_t kTerms<BFloat16Pair> = 64;
+#endif
 
-template <bool kAdd, int kRows, typename W>
-inline void product_of_rows(const W* a, std::int64_t a_row_stride, std::int64_t a_depth_stride,
-                            const W* b, std::int64_t depth, std::int64_t columns, W* out,
-                            std::int64_t n) {
-    for (std::int64_t begin = 0; begin < depth; begin += kTerms) {
+// sums + term * terms, lane by lane.
+template <typename W>
+inline Vector<W> add_terms(Vector<W> sums, W term, Vector<W> terms) {
+    return sums + term * terms;
+}
+#if defined(__AVX512BF16__)
+inline Vector<float> add_terms(Vector<float> sums, BFloat16Pair term, Vector<BFloat16Pair> terms) {
+    return add_products(sums, _mm512_set1_epi32(static_cast<int>(term.bits)),
+                        std::bit_cast<__m512i>(terms));
+}
+#endif
+
+// Not inlined: all addresses of its inner loop stay in registers.
+template <bool kAdd, int kRows, typename Term, typename W>
+__attribute__((noinline)) void product_of_rows(const Term* a, std::int64_t a_row_stride,
+                                               std::int64_t a_depth_stride, const Term* b,
+                                               std::int64_t depth, std::int64_t columns, W* out,
+                                               std::int64_t n) {
+    for (std::int64_t begin = 0; begin < depth; begin += kTerms<Term>) {
         Vector<W> sums[kRows][2] = {};
-        const std::int64_t end = std::min(begin + kTerms, depth);
+        const std::int64_t end = std::min(begin + kTerms<Term>, depth);
         for (std::int64_t i = begin; i < end; ++i) {
-            const Vector<W> first = load_vector(b + i * columns + n);
-            const Vector<W> second = load_vector(b + i * columns + n + kLanes<W>);
+            const Vector<Term> first = load_vector(b + i * columns + n);
+            const Vector<Term> second = load_vector(b + i * columns + n + kLanes<W>);
             for (int m = 0; m < kRows; ++m) {
-                const W value = a[m * a_row_stride + i * a_depth_stride];
-                sums[m][0] += value * first;
-                sums[m][1] += value * second;
+                const Term term = a[m * a_row_stride + i * a_depth_stride];
+                sums[m][0] = add_terms(sums[m][0], term, first);
+                sums[m][1] = add_terms(sums[m][1], term, second);
             }
         }
         for (int m = 0; m < kRows; ++m) {
@@ -232,12 +343,12 @@ inline void product_of_rows(const W* a, std::int64_t a_row_stride, std::int64_t 
     }
 }
 
-// out[m, n] = (kAdd: itself plus) the sum over i of a(m, i) b[i, n]; `columns`, of b and of out, is
-// padded. The strides of a allow for its transpose. With kAdd the tile's sum is added as a whole,
-// so that rounding errors grow with the number of tiles and not of keys.
-template <bool kAdd, typename W>
-void product(const W* a, std::int64_t a_row_stride, std::int64_t a_depth_stride, std::int64_t rows,
-             const W* b, std::int64_t depth, std::int64_t columns, W* out) {
+// out[m, n] = (kAdd: itself plus) the sum over `depth` terms i of a(m, i) b[i, n]; `columns`, of b
+// and of out, is padded. The strides of a allow for its transpose. With kAdd the tile's sum is
+// added as a whole, so that rounding errors grow with the number of tiles and not of keys.
+template <bool kAdd, typename Term, typename W>
+void product(const Term* a, std::int64_t a_row_stride, std::int64_t a_depth_stride,
+             std::int64_t rows, const Term* b, std::int64_t depth, std::int64_t columns, W* out) {
     // kRows x 2 sums, and the two vectors of b and one of a, in registers.
     constexpr int kRows = kRegisters / 4;
     for (std::int64_t n = 0; n < columns; n += 2 * kLanes<W>) {

@@ -51,7 +51,7 @@ struct MlaAbsorbedBackwardParams {
     DType dtype;
 };
 
-WARPLOOM_DECLARE_CPU(mla_absorbed_backward_cpu, MlaAbsorbedBackwardParams)
+WARPLOOM_DECLARE_CPU_BF16(mla_absorbed_backward_cpu, MlaAbsorbedBackwardParams)
 
 // The kernel of grad_kv cuts the queries of all heads into so many parts, each summed by itself. By
 // the sizes alone: so the order of sums is the same on every device.

@@ -30,28 +30,35 @@ constexpr std::int64_t kMostShares = 16;
 template <typename T>
 class Backward {
     using W = Wide<T>;
+    using Term = typename Terms<T>::Term;
 
     // Tiles of one thread. Rows of all but scores have `depth`; gradients of out are 0 behind
     // d_latent.
     struct Workspace {
-        W* queries;      // [kBlockRows, depth]
-        W* grads;        // [kBlockRows, depth] of grad_out
-        W* query_grads;  // [kBlockRows, depth]
-        W* keys;         // [kTileKeys, depth]
-        W* keys_t;       // [depth, kTileKeys]
-        W* scores;       // [kBlockRows, kTileKeys], then the probabilities
-        W* score_grads;  // [kBlockRows, kTileKeys]
-        W* deltas;       // [kBlockRows] sum of grad_out * out, less grad_lse
+        Term* queries;          // [kBlockRows, depth]
+        Term* grads;            // [kBlockRows, depth] of grad_out
+        Term* keys;             // [kTileKeys, depth]
+        Term* keys_t;           // [depth, kTileKeys]
+        Term* weights;          // [kBlockRows, kTileKeys] of scores, then of score_grads
+        Term* stacked_weights;  // the same
+        Term* stacked_rows;     // [kBlockRows or kTileKeys, depth]
+        W* query_grads;         // [kBlockRows, depth]
+        W* scores;              // [kBlockRows, kTileKeys], then the probabilities
+        W* score_grads;         // [kBlockRows, kTileKeys]
+        W* deltas;              // [kBlockRows] sum of grad_out * out, less grad_lse
 
-        Workspace(Scratch<W>& scratch, std::int64_t depth)
-            : queries(scratch.take(kBlockRows * depth)),
-              grads(scratch.take(kBlockRows * depth)),
-              query_grads(scratch.take(kBlockRows * depth)),
-              keys(scratch.take(kTileKeys * depth)),
-              keys_t(scratch.take(kTileKeys * depth)),
-              scores(scratch.take(kBlockRows * kTileKeys)),
-              score_grads(scratch.take(kBlockRows * kTileKeys)),
-              deltas(scratch.take(kBlockRows)) {}
+        Workspace(Scratch<Term>& terms, Scratch<W>& numbers, std::int64_t depth)
+            : queries(terms.take(Terms<T>::count(kBlockRows * depth))),
+              grads(terms.take(Terms<T>::count(kBlockRows * depth))),
+              keys(terms.take(Terms<T>::count(kTileKeys * depth))),
+              keys_t(terms.take(Terms<T>::count(kTileKeys * depth))),
+              weights(terms.take(Terms<T>::count(kBlockRows * kTileKeys))),
+              stacked_weights(terms.take(Terms<T>::count(kBlockRows * kTileKeys))),
+              stacked_rows(terms.take(Terms<T>::count(std::max(kBlockRows, kTileKeys) * depth))),
+              query_grads(numbers.take(kBlockRows * depth)),
+              scores(numbers.take(kBlockRows * kTileKeys)),
+              score_grads(numbers.take(kBlockRows * kTileKeys)),
+              deltas(numbers.take(kBlockRows)) {}
     };
 
   public:
@@ -68,9 +75,11 @@ class Backward {
 
     void run() {
         share_tasks(params_.batch * shares_, [&](auto take) {
-            Scratch<W> scratch(kBlockRows * (3 * depth_ + 2 * kTileKeys + 1) +
-                               kTileKeys * 2 * depth_);
-            const Workspace work(scratch, depth_);
+            Scratch<Term> terms(Terms<T>::count(2 * kBlockRows * (depth_ + kTileKeys) +
+                                                2 * kTileKeys * depth_ +
+                                                std::max(kBlockRows, kTileKeys) * depth_));
+            Scratch<W> numbers(kBlockRows * (depth_ + 2 * kTileKeys + 1));
+            const Workspace work(terms, numbers, depth_);
             for (std::int64_t task; take(task);) {
                 run_share(task, work);
             }
@@ -124,17 +133,17 @@ class Backward {
             at.query * params_.grad_out_sequence_stride + at.head * params_.grad_out_head_stride;
         const T* query = static_cast<const T*>(params_.q) + at.batch * params_.q_batch_stride +
                          at.query * params_.q_sequence_stride + at.head * params_.q_head_stride;
-        W* grads = work.grads + m * depth_;
-        load_row(query, width_, work.queries + m * depth_);
-        std::fill_n(grads, depth_, W{0});
-        load_row(grad, d_latent, grads);
-        // Added up as product does: where one key is seen, out is its value, and the difference of
-        // the two is 0 as it should be.
+        const std::int64_t depth = Terms<T>::count(depth_);
+        Terms<T>::load_row(query, width_, work.queries + m * depth);
+        std::fill_n(work.grads + m * depth, depth, Term{});
+        Terms<T>::load_row(grad, d_latent, work.grads + m * depth);
+        // Added up as product does in float32: where one key is seen, out is its value, and the
+        // difference of the two is 0 as it should be.
         W delta = 0;
-        for (std::int64_t begin = 0; begin < d_latent; begin += kTerms) {
+        for (std::int64_t begin = 0; begin < d_latent; begin += kTerms<W>) {
             W sum = 0;
-            for (std::int64_t i = begin; i < std::min(begin + kTerms, d_latent); ++i) {
-                sum += grads[i] * widen(out[i]);
+            for (std::int64_t i = begin; i < std::min(begin + kTerms<W>, d_latent); ++i) {
+                sum += widen(grad[i]) * widen(out[i]);
             }
             delta += sum;
         }
@@ -148,13 +157,14 @@ class Backward {
     // compute with.
     void load_keys(std::int64_t batch, const KeyRange& tile, const Workspace& work) const {
         const std::int64_t count = tile.end - tile.begin;
+        const std::int64_t depth = Terms<T>::count(depth_);
         for (std::int64_t n = 0; n < count; ++n) {
-            load_row(static_cast<const T*>(params_.kv) + batch * params_.kv_batch_stride +
-                         (tile.begin + n) * params_.kv_row_stride,
-                     width_, work.keys + n * depth_);
+            Terms<T>::load_row(static_cast<const T*>(params_.kv) + batch * params_.kv_batch_stride +
+                                   (tile.begin + n) * params_.kv_row_stride,
+                               width_, work.keys + n * depth);
         }
-        std::fill_n(work.keys + count * depth_, (kTileKeys - count) * depth_, W{0});
-        transpose(work.keys, depth_, work.keys_t);
+        std::fill_n(work.keys + count * depth, (kTileKeys - count) * depth, Term{});
+        transpose(work.keys, depth, work.keys_t);
     }
 
     // Rows [first, first + count) of a sequence against a tile of keys, whose gradients are added
@@ -163,21 +173,28 @@ class Backward {
                   W* key_grads, const Workspace& work) const {
         constexpr std::int64_t kOne = 1;
         const std::int64_t key_count = tile.end - tile.begin;
-        product<false>(work.queries, depth_, kOne, count, work.keys_t, width_, kTileKeys,
-                       work.scores);
-        product<false>(work.grads, depth_, kOne, count, work.keys_t, std::int64_t{params_.d_latent},
-                       kTileKeys, work.score_grads);
+        const std::int64_t depth = Terms<T>::count(depth_);
+        product<false>(work.queries, depth, kOne, count, work.keys_t, Terms<T>::count(width_),
+                       kTileKeys, work.scores);
+        product<false>(work.grads, depth, kOne, count, work.keys_t,
+                       Terms<T>::count(params_.d_latent), kTileKeys, work.score_grads);
         for (std::int64_t m = 0; m < count; ++m) {
             differentiate_row(rows_.place(batch, first + m), tile, work.deltas[m],
                               work.scores + m * kTileKeys, work.score_grads + m * kTileKeys);
         }
-        // The strides of the transposes: row n of P^T is column n of P.
-        product<true>(work.scores, kOne, kTileKeys, key_count, work.grads, count, depth_,
-                      key_grads);
-        product<true>(work.score_grads, kOne, kTileKeys, key_count, work.queries, count, depth_,
-                      key_grads);
-        product<true>(work.score_grads, kTileKeys, kOne, count, work.keys, key_count, depth_,
-                      work.query_grads);
+        // The strides of the transpose: row n of P^T is column n of P.
+        const auto add_to_keys = [&](const Term* weights, const Term* rows) {
+            product<true>(Terms<T>::stack_rows(weights, count, kTileKeys, work.stacked_weights),
+                          kOne, kTileKeys, key_count,
+                          Terms<T>::stack_rows(rows, count, depth_, work.stacked_rows),
+                          Terms<T>::count(count), depth_, key_grads);
+        };
+        add_to_keys(Terms<T>::load_scores(work.scores, count, work.weights), work.grads);
+        const Term* weights = Terms<T>::load_scores(work.score_grads, count, work.weights);
+        add_to_keys(weights, work.queries);
+        product<true>(weights, Terms<T>::count(kTileKeys), kOne, count,
+                      Terms<T>::stack_rows(work.keys, kTileKeys, depth_, work.stacked_rows),
+                      Terms<T>::count(key_count), depth_, work.query_grads);
     }
 
     // Products become probabilities, and products of gradients the gradients of the products.
