@@ -347,7 +347,7 @@ check_platform()
 setup(
     package_dir={"": "python"},
     packages=find_namespace_packages("python", include=["warploom*"]),
-    package_data={"warploom": ["py.typed"]},
+    package_data={"warploom": ["py.typed", "recipes/seed_tasks.jsonl"]},
     ext_modules=[Extension("warploom._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -17,7 +17,7 @@ import torch
 
 from bench.harness import Row, measure
 
-FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla")
+FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab")
 
 
 def machine(device: str) -> str:

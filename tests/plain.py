@@ -5,6 +5,7 @@ In float64 it is what everything is judged against; in a narrow dtype it says wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,11 +64,62 @@ def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def shrinking(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """`function`, and behind its outputs the product of the first with lora_a, its last argument."""
+
+    def shrunk(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = function(*tensors[:-1])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, outputs[0] @ tensors[-1].to(outputs[0].dtype).T
+
+    return shrunk
+
+
 def grouped_linear(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     """One product per group of `sizes` rows; rows behind the last group give 0."""
     used = sum(sizes)
     parts = [rows @ matrix.T for rows, matrix in zip(x[:used].split(sizes), weight)]
     return torch.cat((*parts, x.new_zeros(x.shape[0] - used, weight.shape[1])))
+
+
+def dropped(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return x if keep is None else torch.where(keep, x / (1 - dropout_p), 0.0)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    update = dropped(x, keep, dropout_p) @ lora_a.mT @ lora_b.mT
+    return x @ weight.mT + bias + scaling * update
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The weight W + scaling B A made, its rows' lengths without gradient; dropout as in peft."""
+    merged = weight + scaling * (lora_b @ lora_a)
+    scale = magnitude / torch.linalg.vector_norm(merged, dim=1).detach()
+    if keep is None:
+        return x @ (scale[:, None] * merged).mT + bias
+    x_dropped = dropped(x, keep, dropout_p)
+    base = x @ weight.mT + (scale - 1) * (x_dropped @ weight.mT)
+    return base + scale * scaling * (x_dropped @ lora_a.mT @ lora_b.mT) + bias
 
 
 def attention(
@@ -175,3 +227,60 @@ def latent_attention(
         safe = torch.logsumexp(scores.masked_fill(~some, 0.0), dim=-1)
         lses.append(torch.where(some.squeeze(-1), safe, -float("inf")))
     return torch.stack(outs), torch.stack(lses)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "none",
+) -> Tensor:
+    """`F.cross_entropy` of capped logits, and a z-loss added."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    kept = targets != ignore_index
+    loss = F.cross_entropy(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    loss = loss + z_loss * torch.logsumexp(logits, -1).square() * kept
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    **options: Any,
+) -> Tensor:
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if lora is not None:
+        lora_a, lora_b, scaling = lora
+        logits = logits + scaling * (hidden @ lora_a.T @ lora_b.T)
+    return cross_entropy(logits, targets, **options)
+
+
+def lcs_length(first: list[int], second: list[int]) -> int:
+    """The table of the dynamic programme, row after row."""
+    row = [0] * (len(second) + 1)
+    for token in first:
+        above = row
+        row = [0]
+        for column, other in enumerate(second):
+            longer = above[column] + 1 if token == other else max(above[column + 1], row[column])
+            row.append(longer)
+    return row[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_varlen, merge_attention
 from warploom.ops.grouped_linear import grouped_linear
+from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
 from warploom.ops.mla import mla_absorbed, mla_prefill
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
+from warploom.ops.vocab import linear_cross_entropy
 from warploom.reference import attention as attention_reference
+from warploom.reference import lora as lora_reference
 from warploom.reference import mla as mla_reference
 from warploom.reference import norm as norm_reference
 
@@ -117,11 +121,73 @@ def _offsets(x: Tensor, *bounds: int) -> Tensor:
 
 def _grouped_linear(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     x, weight = make(7, 24), make(3, 16, 24)
-    return x, weight, _offsets(x, 0, 4, 4, 6)
+    return x, weight, _offsets(x, 0, 4, 4, 6), False
 
 
 def _grouped_linear_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
-    return make(7, 16), *_grouped_linear(make), True, True
+    return make(7, 16), *_grouped_linear(make)[:3], True, True
+
+
+def _rms_norm_shrink_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x, weight, lora_a = make(3, 24), make(24), make(5, 24)
+    out, shrunk, rstd, _ = lora_reference.rms_norm_shrink(x, None, weight, lora_a, 1e-6)
+    grads = torch.randn_like(out), torch.randn_like(shrunk), torch.randn_like(x)
+    return *grads, out, x, weight, lora_a, rstd
+
+
+def _gated_activation_shrink_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    gate, up, lora_a = make(3, 24), make(3, 24), make(5, 24)
+    out, shrunk = lora_reference.gated_activation_shrink(gate, up, lora_a, "gelu")
+    return None, torch.randn_like(shrunk), out, gate, up, lora_a, "gelu"
+
+
+def _targets(x: Tensor, rows: int, classes: int) -> Tensor:
+    """Of `rows` tokens, the second of which is ignored."""
+    targets = torch.arange(3, 3 + rows, device=x.device) % classes
+    targets[1] = -100
+    return targets
+
+
+def _cross_entropy_rows(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    logits = make(4, 24)
+    return logits, _targets(logits, 4, 24), _statistics(make(4)), -100, 0.1, 0.01, 5.0, True
+
+
+def _linear_cross_entropy(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    hidden, weight, bias, shrunk, b = make(4, 8), make(24, 8), make(24), make(4, 3), make(24, 3)
+    tensors = (hidden, weight, _targets(hidden, 4, 24), bias, shrunk, b, _statistics(make(4)))
+    return *tensors, 0.5, -100, 0.1, 0.01, 5.0, False, True, True, True, True, True
+
+
+def _lcs_lengths(make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    device = make(1).device
+    tokens, others = (torch.randint(5, (size,), device=device) for size in (9, 12))
+    return tokens, others, _offsets(tokens, 0, 7, 7, 12)
+
+
+def _seed(x: Tensor) -> Tensor:
+    return torch.tensor([2**40 + 5], dtype=torch.int64, device=x.device)
+
+
+def _lora_shrink(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x = make(5, 24)
+    return x, make(4, 24), _seed(x), 0.25
+
+
+def _lora_linear(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """With everything but `shrunk`, which takes the place of lora_a."""
+    x = make(5, 24)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tensors = x, make(16, 24), None, make(16), make(4, 24), make(16, 4)
+    return *tensors, make(16).to(wide), None, _seed(x), "dense", 0.5, 0.25
+
+
+def _lora_linear_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    arguments = _lora_linear(make)
+    x, weight, scale, _, lora_a, lora_b, column_scale, _, seed, *scalars = arguments
+    _, shrunk, unscaled = lora_reference.lora_linear(*arguments)
+    saved = (x, weight, scale, lora_a, lora_b, column_scale, shrunk, seed, unscaled)
+    return make(5, 16), *saved, *scalars, *[True] * 7
 
 
 #: Arguments of `torch.ops.warploom.<name>.<backend>`.
@@ -149,9 +215,20 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "merge_attention_backward": _merge_backward,
     "grouped_linear": _grouped_linear,
     "grouped_linear_backward": _grouped_linear_backward,
+    "rms_norm_shrink": lambda make: (make(3, 24), make(3, 24), make(24), make(5, 24), 1e-6),
+    "rms_norm_shrink_backward": _rms_norm_shrink_backward,
+    "gated_activation_shrink": lambda make: (make(3, 24), make(3, 24), make(5, 24), "silu"),
+    "gated_activation_shrink_backward": _gated_activation_shrink_backward,
+    "lora_shrink": _lora_shrink,
+    "lora_shrink_backward": lambda make: (make(5, 4), *_lora_shrink(make), True, True),
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
     "mla_decode": _mla_decode,
     "mla_absorbed_backward": _mla_absorbed_backward,
     "mla_cache_append": _mla_cache_append,
+    "cross_entropy_rows": _cross_entropy_rows,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "lcs_lengths": _lcs_lengths,
 }
 
 
@@ -168,6 +245,16 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Any:
     return attention_varlen(
         q, k, v, bounds_q, bounds_k, 3, 4, causal=True, return_lse=True, backend=backend
     )
+
+
+def _loss(*tensors: Tensor, backend: str | None = None, **options: Any) -> Any:
+    """Of hidden, weight and, where they are given, the bias and an adapter of the head."""
+    hidden, weight, *rest = tensors
+    targets = _targets(hidden, hidden.shape[0], weight.shape[0])
+    if rest:
+        bias, lora_a, lora_b = rest
+        options.update(bias=bias, lora=(lora_a, lora_b, 0.5))
+    return linear_cross_entropy(hidden, weight, targets, backend=backend, **options)
 
 
 #: The public functions on differentiable tensors only: name -> (function, shapes of its tensors).
@@ -219,6 +306,32 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         ),
         [(7, 24), (3, 16, 24)],
     ),
+    "rms_norm_shrink": (rms_norm_shrink, [(3, 24), (24,), (5, 24)]),
+    "rms_norm_shrink with residual": (
+        lambda x, r, w, a, backend=None: rms_norm_shrink(x, w, a, r, backend=backend),
+        [(3, 24), (3, 24), (24,), (5, 24)],
+    ),
+    "swiglu_shrink": (swiglu_shrink, [(3, 24), (3, 24), (5, 24)]),
+    "lora_shrink": (lora_shrink, [(5, 24), (4, 24)]),
+    "lora_linear": (
+        lambda *tensors, backend=None: lora_linear(*tensors, 0.5, backend=backend),
+        [(5, 24), (16, 24), (16,), (4, 24), (16, 4)],
+    ),
+    "lora_linear with magnitude and shrunk": (
+        lambda x, weight, lora_b, magnitude, shrunk, backend=None: lora_linear(
+            x,
+            weight,
+            None,
+            None,
+            lora_b,
+            0.5,
+            magnitude=magnitude,
+            weight_norm=torch.ones_like(magnitude),
+            shrunk=shrunk,
+            backend=backend,
+        ),
+        [(5, 24), (16, 24), (16, 4), (16,), (5, 4)],
+    ),
     "mla_absorbed": (
         lambda q, kv, backend=None: mla_absorbed(
             q, kv, d_latent=32, softmax_scale=0.25, return_lse=True, backend=backend
@@ -230,6 +343,15 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
             q, latent, k_rope, weight, softmax_scale=0.25, return_lse=True, backend=backend
         ),
         [(2, 5, 4, 24), (2, 5, 32), (2, 5, 8), (4 * (16 + 8), 32)],
+    ),
+    "linear_cross_entropy": (_loss, [(4, 8), (24, 8)]),
+    "linear_cross_entropy with every option": (
+        functools.partial(_loss, label_smoothing=0.1, z_loss=0.01, softcap=5.0),
+        [(4, 8), (24, 8), (24,), (3, 8), (24, 3)],
+    ),
+    "linear_cross_entropy of each token": (
+        functools.partial(_loss, reduction="none", softcap=5.0),
+        [(4, 8), (24, 8), (24,), (3, 8), (24, 3)],
     ),
     "attention with lse": (
         lambda q, k, v, backend=None: attention(q, k, v, return_lse=True, backend=backend),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from warploom import cli
 from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
 from warploom.recipes import info, text_corpus
+from warploom.recipes.alpaca import FineTuneConfig
 from warploom.recipes.pretrain import PretrainConfig
+from warploom.recipes.self_instruct import SelfInstructConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -63,7 +66,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("info", "demo", "generate", "pretrain", "kv-cache", "convert", "bench"):
+    recipes = ("pretrain", "sft", "self-instruct", "memory")
+    for command in ("info", "demo", "generate", *recipes, "kv-cache", "convert", "lora", "bench"):
         assert re.search(rf"\b{command}\b", out)
 
 
@@ -134,9 +138,17 @@ def test_generate_stops_at_the_string(run: Run, model: Path) -> None:
     assert whole[2] in stopped
 
 
-def test_every_pretrain_setting_is_an_option(run: Run) -> None:
-    _, out, _ = run("pretrain", "--help")
-    for field in fields(PretrainConfig):
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("pretrain", PretrainConfig),
+        ("sft", FineTuneConfig),
+        ("self-instruct", SelfInstructConfig),
+    ],
+)
+def test_every_setting_of_a_recipe_is_an_option(run: Run, command: str, config: Any) -> None:
+    _, out, _ = run(command, "--help")
+    for field in fields(config):
         assert f"--{field.name.replace('_', '-')}" in out
 
 
@@ -157,6 +169,14 @@ def test_pretrain_trains_and_resumes(run: Run, tmp_path: Path) -> None:
     assert status == 1
     assert "resume it or name another folder" in err
     assert run("pretrain", *options, "--resume")[0] == 0
+
+
+def test_memory_has_a_line_for_each_method(run: Run, model: Path) -> None:
+    status, out, _ = run("memory", "--model", "llama-7b", "--gradient-checkpointing")
+    assert status == 0
+    assert re.search(r"full\W+13\.48\W+26\.95\W+13\.48\W+53\.91\W+0\.35\W+108\.16", out)
+    assert re.search(r"lora\W+13\.56", out) and re.search(r"qlora\W+4\.25", out)
+    assert run("memory", "--model", model)[0] == 0
 
 
 def perplexities(table: str) -> list[float]:

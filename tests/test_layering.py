@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "warploom"
 CSRC = ROOT / "csrc"
 #: In the order of the design: a family may use those before it.
-FAMILIES = ["norm", "rope", "activation", "grouped_linear", "attention", "mla"]
+FAMILIES = ["norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab"]
 #: Who may import whom, lowest first.
 LAYERS = {
     "reference": 0, "triton_kernels": 0, "_C": 0, "env": 0,
     "_backends": 1, "_sharding": 1, "_library": 2, "ops": 3, "nn": 4, "models": 5, "integrations": 5,
-    "convert": 6, "recipes": 7, "demo": 8, "cli": 9,
+    "convert": 6, "lora": 6, "recipes": 7, "demo": 8, "cli": 9,
 }  # fmt: skip
 
 

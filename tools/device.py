@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from verification import digest, kernel_units  # noqa: E402
 
 STAGE_SECONDS = 530
-FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla")
+FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab")
 
 
 def gpu() -> tuple[str, str, str]:

@@ -1,30 +1,9 @@
 // The seam of family activation: checks -> Params -> launch.
+#include "activation/checks.h"
 #include "activation/gated_activation.h"
-#include "common/torch.h"
 
 namespace warploom::activation {
 namespace {
-
-template <Backend backend>
-Activation parse_activation(const Call<backend>& call, const std::string& name) {
-    if (name == "silu") {
-        return Activation::silu;
-    }
-    if (name == "gelu") {
-        return Activation::gelu;
-    }
-    call.check(name == "gelu_tanh", "activation", "silu, gelu or gelu_tanh", name);
-    return Activation::gelu_tanh;
-}
-
-// Both inputs of the forward have one shape and dtype, at least one dimension.
-template <Backend backend>
-DType check_pair(const Call<backend>& call, const Tensor& gate, const Tensor& up) {
-    const DType dtype = call.dtype(gate, "gate");
-    call.check_shape(up, "up", {gate.sizes().begin(), gate.sizes().end()});
-    call.check_dtype(up, "up", dtype);
-    return dtype;
-}
 
 // A scalar tensor is a row of one element.
 Tensor at_least_1d(const Tensor& tensor) {

@@ -9,6 +9,7 @@
 
 #include "attention/tile_cpu.h"
 #include "common/cpu_math.h"
+#include "common/cpu_philox.h"
 #include "common/philox.h"
 
 namespace warploom::attention {
@@ -117,16 +118,14 @@ KeyRange make_scores(const Scoring& scoring, const RowPlace& place, std::int64_t
 template <typename W>
 void draw_dropout(const Scoring& scoring, const RowPlace& place, std::int64_t first, W* factors) {
     const std::uint32_t threshold = dropout_threshold(scoring.dropout_p);
-    const auto key = static_cast<std::uint64_t>(*scoring.dropout_seed);
-    const auto quad = static_cast<std::uint32_t>(first / 4);
-    const auto query = static_cast<std::uint32_t>(place.query);
-    const auto batch_head = static_cast<std::uint32_t>(place.batch_head);
+    std::uint32_t numbers[kTileKeys];
+    draw_philox<kTileKeys / 4>(static_cast<std::uint64_t>(*scoring.dropout_seed),
+                               static_cast<std::uint32_t>(first / 4),
+                               static_cast<std::uint32_t>(place.query),
+                               static_cast<std::uint32_t>(place.batch_head), numbers);
 #pragma omp simd
-    for (std::uint32_t i = 0; i < kTileKeys / 4; ++i) {
-        const PhiloxNumbers numbers = philox(key, quad + i, query, batch_head, 0);
-        for (int j = 0; j < 4; ++j) {
-            factors[4 * i + j] = numbers.values[j] < threshold ? W{0} : W{1};
-        }
+    for (int j = 0; j < kTileKeys; ++j) {
+        factors[j] = numbers[j] < threshold ? W{0} : W{1};
     }
 }
 

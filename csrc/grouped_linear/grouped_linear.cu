@@ -1,22 +1,11 @@
 // Launches the three products of a linear map per group of rows.
 #include "grouped_linear/grouped_linear.h"
 
-#include <limits>
-#include <stdexcept>
-#include <string>
-
-#include "common/copy_bytes.h"
+#include "common/product_launch.cuh"
 #include "grouped_linear/grouped_linear.cuh"
 
 namespace warploom::grouped_linear {
 namespace {
-
-// How wide copies from and to rows of `columns` elements may be, `stride` elements apart.
-template <typename T>
-int copy_bytes(const void* rows, std::int64_t stride, std::int64_t columns) {
-    return copy_unit(reinterpret_cast<std::uintptr_t>(rows) |
-                     static_cast<std::uint64_t>(stride | columns) * sizeof(T));
-}
 
 // A matrix in memory, its rows `stride` elements apart.
 struct Matrix {
@@ -31,29 +20,20 @@ void launch_product(const Matrix& left, const Matrix& right, void* out, ProductP
     using Traits = ProductTraits<T, kProduct>;
     params.left = left.first;
     params.left_stride = left.stride;
-    params.left_copy_bytes = copy_bytes<T>(left.first, left.stride, left.columns);
+    params.left_copy_bytes = row_copy_unit<T>(left.first, left.stride, left.columns);
     params.right = right.first;
     params.right_stride = right.stride;
-    params.right_copy_bytes = copy_bytes<T>(right.first, right.stride, right.columns);
+    params.right_copy_bytes = row_copy_unit<T>(right.first, right.stride, right.columns);
     params.out = out;
-    params.out_copy_bytes = copy_bytes<T>(out, params.out_columns, params.out_columns);
+    params.out_copy_bytes = row_copy_unit<T>(out, params.out_columns, params.out_columns);
     params.out_column_tiles = static_cast<int>(ceil_divide(params.out_columns, Traits::kColumns));
     std::int64_t row_tiles = std::int64_t{params.rows} / Traits::kRows + params.groups + 1;
     if (kProduct == Product::grad_weight) {
         params.out_row_tiles = static_cast<int>(ceil_divide(params.out_rows, Traits::kRows));
         row_tiles = std::int64_t{params.groups} * params.out_row_tiles;
     }
-    const std::int64_t blocks = row_tiles * params.out_column_tiles;
-    if (blocks > std::numeric_limits<int>::max()) {
-        throw std::invalid_argument("grouped_linear: expected at most 2^31 - 1 tiles, got " +
-                                    std::to_string(blocks));
-    }
-    if (blocks > 0) {
-        device::launch(grouped_product_kernel<Traits>,
-                       {dim3(static_cast<unsigned>(blocks)), Traits::kThreads,
-                        sizeof(typename Traits::SharedPlan)},
-                       stream, params);
-    }
+    launch_tiles<Traits>("grouped_linear", grouped_product_kernel<Traits>,
+                         row_tiles * params.out_column_tiles, stream, params);
 }
 
 template <typename Params>

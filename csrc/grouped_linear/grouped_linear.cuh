@@ -12,18 +12,38 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/launch.h"
-#include "grouped_linear/grouped_linear_fma.cuh"
-#include "grouped_linear/grouped_linear_mma.cuh"
+#include "common/product.cuh"
 
 namespace warploom::grouped_linear {
 
+enum class Product { output, grad_x, grad_weight };
+
+// One block makes
+//   64 rows     a group of a few rows wastes little of the tile, and reading the weights bounds
+//               such a group: 64 operations a byte of 16-bit weights, half of what an sm_80 can do
+//   128 columns 4 warps of 32 x 64: 64 sums a lane
+//   3 stages    of 24 KiB: two blocks on an sm_80, one where a block may have 99 KiB
 template <typename T, Product kProduct>
-struct ProductTraits : ProductShape<T, kProduct> {
-    using Shape = ProductShape<T, kProduct>;
-    using Sums = std::conditional_t<std::is_same_v<T, float>, FmaSums<Shape>, MmaSums<Shape>>;
+using GroupedShape =
+    ProductShape<T, kProduct == Product::grad_weight, kProduct != Product::output, 64, 128, 2, 2>;
+
+template <typename T, Product kProduct>
+struct ProductTraits : GroupedShape<T, kProduct> {
+    using Shape = GroupedShape<T, kProduct>;
+    using Sums = ProductSums<Shape>;
+    using OutTile = Tile<T, Shape::kRows, Shape::kColumns>;
+    static constexpr int kStages = 3;
+
+    struct SharedPlan {
+        union {
+            typename Shape::Stage stages[kStages];
+            OutTile out;  // After the last step.
+        };
+        int group;
+    };
+    static_assert(sizeof(SharedPlan) <= 99 * 1024, "ProductTraits: the plan exceeds 99 KiB");
 };
 
 struct ProductParams {
@@ -137,44 +157,6 @@ WARPLOOM_DEVICE BlockTask<typename Traits::Element> weight_task(const ProductPar
     return task;
 }
 
-// The same rows from term `first` on, where terms are rows or columns in memory.
-template <bool kTransposed, typename T>
-WARPLOOM_DEVICE MatrixRows<T> from_term(MatrixRows<T> source, int first) {
-    if constexpr (kTransposed) {
-        source.first += first * source.stride;
-        source.rows -= first;
-    } else {
-        source.first += first;
-        source.columns -= first;
-    }
-    return source;
-}
-
-template <typename Traits, typename T>
-WARPLOOM_DEVICE void fill_stage(typename Traits::Stage& stage, const BlockTask<T>& task,
-                                int first) {
-    fill_rows<Traits::LeftTile::kRows, Traits::kThreads>(
-        stage.left, 0, from_term<Traits::kLeftTransposed>(task.left, first));
-    fill_rows<Traits::RightTile::kRows, Traits::kThreads>(
-        stage.right, 0, from_term<Traits::kRightTransposed>(task.right, first));
-}
-
-template <typename Traits, typename T>
-WARPLOOM_DEVICE void write_out(const typename Traits::OutTile& tile, const BlockTask<T>& task,
-                               const ProductParams& params) {
-    constexpr int kRowChunks = Traits::OutTile::kRowChunks;
-    for (int unit = static_cast<int>(threadIdx.x); unit < Traits::kRows * kRowChunks;
-         unit += Traits::kThreads) {
-        const int row = unit / kRowChunks;
-        const int chunk = unit % kRowChunks;
-        const int column = chunk * Chunk<T>::kSize;
-        if (row < task.rows) {
-            write_chunk(task.out + row * static_cast<std::int64_t>(params.out_columns) + column,
-                        tile.load(row, chunk), task.columns - column, params.out_copy_bytes);
-        }
-    }
-}
-
 template <typename Traits>
 WARPLOOM_KERNEL(Traits::kThreads, 2)
 grouped_product_kernel(WARPLOOM_GRID_CONSTANT ProductParams params) {
@@ -190,28 +172,18 @@ grouped_product_kernel(WARPLOOM_GRID_CONSTANT ProductParams params) {
         return;
     }
     typename Traits::Sums sums = {};
-    const int steps = static_cast<int>(ceil_divide(task.terms, Traits::kTerms));
-    // The steps before 0 only start copies.
-    for (int step = 1 - Traits::kStages; step < steps; ++step) {
-        if (step >= 0) {
-            // After the barrier all see this step's stage, and none reads the one before any more.
-            device::copy_async_wait<Traits::kStages - 2>();
-            device::sync_threads();
-        }
-        const int next = step + Traits::kStages - 1;
-        if (next < steps) {
-            fill_stage<Traits>(shared.stages[next % Traits::kStages], task, next * Traits::kTerms);
-        }
-        device::copy_async_commit();
-        if (step >= 0) {
-            sums.add(shared.stages[step % Traits::kStages]);
-        }
-    }
-    // No copy is under way: the groups behind the last step's are empty.
-    device::sync_threads();
+    run_stages<Traits::kStages>(
+        static_cast<int>(ceil_divide(task.terms, Traits::kTerms)),
+        [&](int step) {
+            auto& stage = shared.stages[step % Traits::kStages];
+            fill_left<Traits>(stage, task.left, step * Traits::kTerms);
+            fill_right<Traits>(stage, task.right, step * Traits::kTerms);
+        },
+        [&](int step) { sums.add(shared.stages[step % Traits::kStages]); });
     sums.store(shared.out);
     device::sync_threads();
-    write_out<Traits>(shared.out, task, params);
+    write_rows<Traits::kThreads>(task.out, params.out_columns, shared.out, task.rows, task.columns,
+                                 params.out_copy_bytes);
 }
 
 }  // namespace warploom::grouped_linear

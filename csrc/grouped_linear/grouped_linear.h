@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "common/cpu.h"
 #include "common/dispatch.h"
@@ -28,13 +29,23 @@ struct GroupedLinearParams {
     int groups;
     int out_features;
     int in_features;
+    bool batch_invariant;  // The kernels' sums of a row are those of any other batch anyway.
     DType dtype;
 };
 
-// The CPU kernel serves groups of at most this many rows, from where on PyTorch's product is as
-// fast, and leaves the others' rows of out alone.
-constexpr int most_cpu_rows(DType dtype) {
-    return dtype == DType::float32 || dtype == DType::bfloat16 ? 4 : 0;
+// The CPU kernel serves groups of at most this many rows and leaves the others' rows of out alone.
+// Of float32, PyTorch's product is as fast from there on, but its sums depend on the number of
+// rows; of bfloat16 it is never faster.
+constexpr int most_cpu_rows(DType dtype, bool batch_invariant) {
+    constexpr int kAny = std::numeric_limits<int>::max();
+    switch (dtype) {
+        case DType::bfloat16:
+            return kAny;
+        case DType::float32:
+            return batch_invariant ? kAny : 4;
+        default:
+            return 0;
+    }
 }
 
 WARPLOOM_DECLARE_CPU(grouped_linear_cpu, GroupedLinearParams)

@@ -1,6 +1,6 @@
-// Groups of a few rows, as when decoding: bound by reading the weights, which cross memory once and
-// are widened in registers. PyTorch's product takes up to twice as long there; all else is its own
-// (grouped_linear_ops.cpp).
+// Products whose sums of a row are the same in any batch. Groups of a few rows, as when decoding,
+// are bound by reading the weights, which cross memory once and are widened in registers. Where
+// PyTorch's product is faster and may be taken, grouped_linear_ops.cpp takes it.
 #include <algorithm>
 #include <bit>
 
@@ -60,6 +60,10 @@ float sum_of_lanes(Vector vector) {
 // Columns of one task: enough to be worth a thread's attention, few enough that all have some.
 constexpr std::int64_t kTaskColumns = 64;
 
+// Rows of x that all columns of a task are multiplied with before the next ones: few enough to stay
+// in the L2 cache beside some rows of the weight.
+constexpr std::int64_t kBlockRows = 32;
+
 // The rows of one group.
 template <typename T>
 struct Group {
@@ -105,14 +109,15 @@ inline void multiply_rows(const Group<T>& group, std::int64_t row, std::int64_t 
     }
 }
 
-// All rows from `row` on by kWeightRows columns.
+// Rows [row, end) by kWeightRows columns.
 template <int kWeightRows, int kXRows = kRows, typename T>
-inline void multiply_columns(const Group<T>& group, std::int64_t column, std::int64_t row = 0) {
-    for (; row + kXRows <= group.rows; row += kXRows) {
+inline void multiply_columns(const Group<T>& group, std::int64_t column, std::int64_t row,
+                             std::int64_t end) {
+    for (; row + kXRows <= end; row += kXRows) {
         multiply_rows<kXRows, kWeightRows>(group, row, column);
     }
     if constexpr (kXRows > 1) {
-        multiply_columns<kWeightRows, kXRows / 2>(group, column, row);
+        multiply_columns<kWeightRows, kXRows / 2>(group, column, row, end);
     }
 }
 
@@ -136,16 +141,20 @@ void multiply_small_groups(const GroupedLinearParams& params) {
     parallel_for(params.groups * group_tasks, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
             const Group<T> group = group_of<T>(params, task / group_tasks);
-            if (group.rows > most_cpu_rows(params.dtype)) {
+            if (group.rows > most_cpu_rows(params.dtype, params.batch_invariant)) {
                 continue;
             }
-            std::int64_t column = task % group_tasks * kTaskColumns;
-            const std::int64_t end_column = std::min(column + kTaskColumns, group.out_features);
-            for (; column + kColumns <= end_column; column += kColumns) {
-                multiply_columns<kColumns>(group, column);
-            }
-            for (; column < end_column; ++column) {
-                multiply_columns<1>(group, column);
+            const std::int64_t first = task % group_tasks * kTaskColumns;
+            const std::int64_t end_column = std::min(first + kTaskColumns, group.out_features);
+            for (std::int64_t row = 0; row < group.rows; row += kBlockRows) {
+                const std::int64_t end_row = std::min<std::int64_t>(row + kBlockRows, group.rows);
+                std::int64_t column = first;
+                for (; column + kColumns <= end_column; column += kColumns) {
+                    multiply_columns<kColumns>(group, column, row, end_row);
+                }
+                for (; column < end_column; ++column) {
+                    multiply_columns<1>(group, column, row, end_row);
+                }
             }
         }
     });

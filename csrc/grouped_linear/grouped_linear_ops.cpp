@@ -77,7 +77,8 @@ void clear_rows_behind(const Tensor& out, std::int64_t last) {
 }
 
 template <Backend backend>
-Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& group_offsets) {
+Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& group_offsets,
+                      bool batch_invariant) {
     Call<backend> call("grouped_linear", x);
     const Sizes sizes = check_sizes(call, x, weight);
     const Tensor dense_x = call.dense_last(x);
@@ -93,13 +94,17 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& group
     params.groups = sizes.groups;
     params.out_features = sizes.out_features;
     params.in_features = sizes.in_features;
+    params.batch_invariant = batch_invariant;
     params.dtype = sizes.dtype;
     if constexpr (backend == Backend::kCpu) {
         for_each_group(call, params.group_offsets, sizes, [&](int group, int first, int count) {
-            if (count > most_cpu_rows(sizes.dtype)) {
-                multiply(rows_of(dense_x, first, count),
-                         transposed(torch::stable::select(dense_weight, 0, group)),
-                         rows_of(out, first, count));
+            if (count > most_cpu_rows(sizes.dtype, batch_invariant)) {
+                // One row at a time has the same sums in any batch.
+                const int step = batch_invariant ? 1 : count;
+                const Tensor matrix = transposed(torch::stable::select(dense_weight, 0, group));
+                for (int row = first; row < first + count; row += step) {
+                    multiply(rows_of(dense_x, row, step), matrix, rows_of(out, row, step));
+                }
             }
         });
         grouped_linear_cpu(params);

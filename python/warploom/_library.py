@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ _library.define("kernel_table() -> str")
 OPS: dict[str, Operator] = {}
 
 WhyNot = Callable[..., list[str]]
+
+#: Where the overloads of a backend are registered.
+_DISPATCH_KEYS = {
+    "cpu": ("CPU",),
+    "cuda": ("CUDA",),
+    "triton": ("CPU", "CUDA"),
+    "simt": ("CPU",),
+    "simt_instrumented": ("CPU",),
+}
 
 
 class Operator:
@@ -61,7 +71,7 @@ class Operator:
         if reason := _backends.unavailable(backend, first.device.type):
             return [reason]
         reasons = []
-        if first.dtype not in _backends.DTYPES[backend]:
+        if first.is_floating_point() and first.dtype not in _backends.DTYPES[backend]:
             reasons.append(f"no {first.dtype} kernels")
         rule = self.why_not_rules.get(backend)
         if rule is not None:
@@ -135,6 +145,7 @@ def define(
     fake: Callable[..., Any],
     native: Sequence[str] = ("cpu", "cuda", "simt", "simt_instrumented"),
     triton: str | None = None,
+    composed: Callable[..., Any] | None = None,
     why_not: dict[str, WhyNot] | None = None,
     sharding: Sequence[str] = (),
 ) -> Operator:
@@ -143,20 +154,27 @@ def define(
     `signature` is the schema without the name; `native` names the backends that the compiled modules
     implement; `triton` is "family.module:function", imported at the first call, and the module's `why_not` is
     that backend's rule; `why_not` has the rules of the others; `sharding` says how DTensors may be sharded
-    (`_sharding`), beside being replicated.
+    (`_sharding`), beside being replicated. With `composed`, Python has every overload but the reference's:
+    `composed(backend, *args)` is made of that backend's overloads of other ops, and `why_not["triton"]` is
+    the rule of theirs.
     """
     backends = ["reference", *native]
-    if triton is not None:
+    if triton is not None or composed is not None:
         backends.append("triton")
     for backend in backends:
         overload = f"{name}.{backend}"
         _library.define(f"{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"warploom::{overload}", fake, lib=_library)
-    _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    _library.impl(f"{name}.reference", _below_autocast(reference), "CompositeExplicitAutograd")
     if triton is not None:
         launcher = _lazy_triton(triton)
-        for key in ("CPU", "CUDA"):
+        for key in _DISPATCH_KEYS["triton"]:
             _library.impl(f"{name}.triton", launcher, key)
+    if composed is not None:
+        for backend in backends[1:]:
+            for key in _DISPATCH_KEYS[backend]:
+                implementation = _below_autocast(partial(composed, backend))
+                _library.impl(f"{name}.{backend}", implementation, key)
     rules = dict(why_not or {})
     if triton is not None:
         rules["triton"] = _triton_rule(triton)
@@ -164,6 +182,16 @@ def define(
     _sharding.register(list(operator.overloads.values()), sharding)
     OPS[name] = operator
     return operator
+
+
+def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose operations take their arguments as they are: the public function has cast them."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return run
 
 
 def _triton_rule(path: str) -> WhyNot:

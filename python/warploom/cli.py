@@ -57,6 +57,7 @@ def application() -> Any:
     def generate(
         model: Annotated[Path, option(help="Hugging Face directory with a tokenizer.json.")],
         prompt: Annotated[str, option(help="Text to continue.")],
+        adapter: Annotated[Path | None, option(help="Directory of an adapter on it.")] = None,
         max_new_tokens: Annotated[int, option(min=0, help="Most tokens to add.")] = 128,
         temperature: Annotated[float | None, option(help="Sample; 1 is as trained.")] = None,
         top_k: Annotated[int | None, option(help="Sample among the k likeliest.")] = None,
@@ -74,6 +75,7 @@ def application() -> Any:
         generate_text(
             model,
             prompt,
+            adapter=adapter,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -106,8 +108,11 @@ def application() -> Any:
     for command in (info, demo, generate):
         app.command()(command)
     app.command("kv-cache")(kv_cache)
-    app.command("pretrain")(_pretrain_command(option))
+    for name, recipe in _recipe_commands(option).items():
+        app.command(name)(recipe)
+    app.command("memory")(_memory_command(option))
     app.add_typer(_convert_commands(typer), name="convert")
+    app.add_typer(_lora_commands(typer), name="lora")
     app.command(context_settings={"ignore_unknown_options": True})(bench)
     return app
 
@@ -184,26 +189,124 @@ def _convert_commands(typer: Any) -> Any:
     return app
 
 
-def _pretrain_command(option: Callable[..., Any]) -> Callable[..., None]:
-    """The pretrain command: one option for each field of ``PretrainConfig``, with its text."""
-    from warploom.recipes.pretrain import PretrainConfig, pretrain
+def _lora_commands(typer: Any) -> Any:
+    """The commands on adapters."""
+    option = typer.Option
+    app = typer.Typer(help="Low-rank adapters of models.", no_args_is_help=True)
+
+    @app.callback()  # type: ignore[untyped-decorator]
+    def group() -> None:
+        """Low-rank adapters of models."""
+
+    def extract(
+        base: Annotated[Path, option(help="Hugging Face directory of the model before.")],
+        tuned: Annotated[Path, option(help="The same model, fine-tuned as a whole.")],
+        output: Annotated[Path, option(help="Directory of the adapter.")],
+        rank: Annotated[int | None, option(min=1, help="Most rank of a layer.")] = None,
+        energy: Annotated[
+            float | None, option(help="Or the share of each layer's change to keep, such as 0.99.")
+        ] = None,
+        text: Annotated[
+            Path | None, option(help="UTF-8 file to measure the perplexity on.")
+        ] = None,
+        context: Annotated[int, option(min=2, help="Tokens of a window of the text.")] = 2048,
+    ) -> None:
+        """What a full fine-tuning changed as an adapter, by singular value decomposition."""
+        from warploom.recipes.lora_extract import extract, print_extracted
+
+        extracted = extract(
+            base, tuned, output, rank=rank, energy=energy, text=text, context=context
+        )
+        print_extracted(extracted, make_console())
+
+    app.command()(extract)
+    return app
+
+
+def _memory_command(option: Callable[..., Any]) -> Callable[..., None]:
+    """The memory command."""
+
+    def memory(
+        model: Annotated[str, option(help="Hugging Face directory, or a published shape's name.")],
+        batch_size: Annotated[int, option(min=1, help="Texts of a forward pass.")] = 1,
+        sequence_length: Annotated[int, option(min=1, help="Tokens of a text.")] = 512,
+        precision: Annotated[
+            str, option(help="mixed, mixed-without-master, bfloat16, float32 or autocast.")
+        ] = "mixed",
+        lora_r: Annotated[int, option(min=1, help="Rank of the adapters.")] = 16,
+        gradient_checkpointing: Annotated[
+            bool, option(help="Recompute each layer in the backward pass.")
+        ] = False,
+        fused_loss: Annotated[bool, option(help="Never store all logits.")] = True,
+    ) -> None:
+        """Bytes of a training step: full fine-tuning, LoRA and QLoRA."""
+        from warploom.recipes.memory import METHODS, print_memory, training_memory
+
+        memories = {
+            method: training_memory(
+                model,
+                method,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                precision=precision,
+                lora_r=lora_r,
+                gradient_checkpointing=gradient_checkpointing,
+                fused_loss=fused_loss,
+            )
+            for method in METHODS
+        }
+        print_memory(memories, make_console())
+
+    return memory
+
+
+def _config_command(
+    option: Callable[..., Any], config: Any, run: Callable[[Any], Path], text: str
+) -> Callable[..., None]:
+    """A command with one option for each field of a recipe's config, with its text."""
 
     def command(**values: Any) -> None:
-        """Train a language model from random weights on a text, with the recipe of the LLaMA paper."""
-        print(pretrain(PretrainConfig(**values)))
+        print(run(config(**values)))
 
-    hints = get_type_hints(PretrainConfig, include_extras=True)
+    hints = get_type_hints(config, include_extras=True)
     parameters = []
-    for field in fields(PretrainConfig):
-        annotated, text = get_args(hints[field.name])
+    for field in fields(config):
+        annotated, explanation = get_args(hints[field.name])
         parameters.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=Annotated[annotated, option(help=text)],
+                annotation=Annotated[annotated, option(help=explanation)],
             )
         )
+    command.__doc__ = text
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _recipe_commands(option: Callable[..., Any]) -> dict[str, Callable[..., None]]:
+    """The commands that run a recipe from its config."""
+    from warploom.recipes.alpaca import FineTuneConfig, fine_tune
+    from warploom.recipes.pretrain import PretrainConfig, pretrain
+    from warploom.recipes.self_instruct import SelfInstructConfig, self_instruct
+
+    recipes: dict[str, tuple[Any, Callable[[Any], Path], str]] = {
+        "pretrain": (
+            PretrainConfig,
+            pretrain,
+            "Train a language model from random weights on a text, as in the LLaMA paper.",
+        ),
+        "sft": (
+            FineTuneConfig,
+            fine_tune,
+            "Fine-tune a language model on instructions, as Stanford Alpaca: whole, LoRA or QLoRA.",
+        ),
+        "self-instruct": (
+            SelfInstructConfig,
+            self_instruct,
+            "Let a language model make instructions, from a few of one's own.",
+        ),
+    }
+    return {name: _config_command(option, *recipe) for name, recipe in recipes.items()}

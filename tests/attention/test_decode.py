@@ -11,7 +11,7 @@ from warploom.ops._attention_ops import attention_cache_append_op
 from warploom.ops.attention import attention_decode
 
 from tests.backends import BACKENDS, DEVICE, DTYPES, SLOW_BACKENDS, every_backend, every_dtype
-from tests.numerics import FORWARD, assert_within
+from tests.numerics import FORWARD, assert_within, errors_near_by
 
 NAN = float("nan")
 #: What unused places of a block table hold.
@@ -182,10 +182,15 @@ def check(call, lengths, actual, yardstick=None):
         name: value.cpu() if isinstance(value, torch.Tensor) else value
         for name, value in call.options.items()
     }
-    exact = plain_decode(*(tensor.double() for tensor in tensors), lengths, **options)
-    rough = plain_decode(*tensors, lengths, **options)
-    for name, got, want, yard in zip(("out", "lse"), actual, exact, rough):
-        assert_within(got.cpu(), want, yard, factor=FORWARD, what=name)
+
+    def plainly(*tensors):
+        return plain_decode(*tensors, lengths, **options)
+
+    exact, rough = plainly(*(tensor.double() for tensor in tensors)), plainly(*tensors)
+    near_by = errors_near_by(plainly, tensors, exact)
+    for index, (got, want, yard) in enumerate(zip(actual, exact, rough)):
+        elsewhere, what = near_by.get(index, 0.0), ("out", "lse")[index]
+        assert_within(got.cpu(), want, yard, factor=FORWARD, what=what, plain_elsewhere=elsewhere)
 
 
 # Of the slow backends one case shows that float16 works as bfloat16 does.

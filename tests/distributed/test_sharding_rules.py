@@ -60,6 +60,10 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
         lambda make: (make(2, 3, 4, 8), make(8), 1e-6),
         "...0 ...1 ...2",
     ),
+    **{
+        name: (name, OP_ARGS[name], "")
+        for name in ("cross_entropy_rows", "linear_cross_entropy", "lcs_lengths")
+    },
     "gated_activation": ("gated_activation", OP_ARGS["gated_activation"], "...0 ...1"),
     "gated_activation_backward": (
         "gated_activation_backward",

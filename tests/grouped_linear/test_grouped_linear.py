@@ -101,6 +101,19 @@ class _GradientInside(torch.autograd.Function):
 
 
 @every_backend
+@every_dtype
+def test_a_row_does_not_depend_on_its_batch(backend, dtype):
+    case = Case([3, 70], 0, 72, 40)
+    x, weight = case.tensors(dtype)
+    together = grouped_linear(x, weight, case.offsets, batch_invariant=True, backend=backend)
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(7, 40)):
+        group, count = int(rows.start >= 3), rows.stop - rows.start
+        offsets = Case([0, count] if group else [count, 0]).offsets
+        alone = grouped_linear(x[rows], weight, offsets, batch_invariant=True, backend=backend)
+        assert torch.equal(alone, together[rows])
+
+
+@every_backend
 def test_no_groups_at_all(backend):
     case = Case([], behind=3)
     x, weight = (tensor.requires_grad_() for tensor in case.tensors(torch.float32))

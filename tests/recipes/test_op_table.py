@@ -26,7 +26,7 @@ def test_every_forward_op_has_a_case() -> None:
 def test_both_sides_of_a_case_compute_the_same(case: OpCase, dtype: torch.dtype) -> None:
     result = measure(case, dtype, size=6, pairs=1)
     rounding = torch.finfo(dtype).eps
-    assert result.pytorch_error <= 16 * rounding  # results up to 10
+    assert result.pytorch_error <= 32 * rounding  # results up to 10, of some BLAS's order of sums
     assert result.error <= 2 * result.pytorch_error + 4 * rounding
     assert result.backend in ("cpu", "reference")
     assert result.dtype == str(dtype).removeprefix("torch.")

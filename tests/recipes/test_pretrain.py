@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
 from warploom.recipes import pretrain as recipe
+from warploom.recipes._checkpoints import Checkpoints
 from warploom.recipes._pretrain_models import scale_residual_matrices
 from warploom.recipes._windows import Windows, spread_windows
 from warploom.recipes.pretrain import PretrainConfig, learning_rate_at, pretrain
@@ -198,7 +199,7 @@ def test_run_stopped_anywhere_continues_as_if_nothing_happened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"steps": STEPS, "checkpoint_every": 1, "validate_every": 4}
-    save = recipe.Checkpoints.save
+    save = Checkpoints.save
 
     def save_and_die(self: Any, number: int, state: dict[str, Any]) -> None:
         if number == step and point == "before the checkpoint":
@@ -213,7 +214,7 @@ def test_run_stopped_anywhere_continues_as_if_nothing_happened(
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe.Checkpoints, "save", save_and_die)
+        patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(KilledError):
             pretrain(tiny_config(tmp_path, **options))
     with (tmp_path / "log.jsonl").open("a") as log:

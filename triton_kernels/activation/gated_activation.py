@@ -35,7 +35,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """act(x) and act'(x), float32.
 
     Every activation here is x * weight(x): silu has weight = sigmoid(x), gelu the normal
@@ -78,7 +78,7 @@ def _gated_activation_kernel(
     # [BLOCK_M, BLOCK_N]
     b_gate = tl.load(gate_ptr + rows * gate_stride + columns, mask=mask, other=0.0)
     b_up = tl.load(up_ptr + rows * up_stride + columns, mask=mask, other=0.0)
-    b_act, _ = _activate(cast(b_gate, tl.float32), ACTIVATION)
+    b_act, _ = activate(cast(b_gate, tl.float32), ACTIVATION)
     b_out = b_act * cast(b_up, tl.float32)
     tl.store(out_ptr + rows * N + columns, cast(b_out, out_ptr.dtype.element_ty), mask=mask)
 
@@ -114,7 +114,7 @@ def _gated_activation_backward_kernel(
     b_gate = tl.load(gate_ptr + rows * gate_stride + columns, mask=mask, other=0.0)
     b_up = tl.load(up_ptr + rows * up_stride + columns, mask=mask, other=0.0)
     b_grad_out = cast(b_grad_out, tl.float32)
-    b_act, b_slope = _activate(cast(b_gate, tl.float32), ACTIVATION)
+    b_act, b_slope = activate(cast(b_gate, tl.float32), ACTIVATION)
     b_grad_gate = cast(
         b_grad_out * cast(b_up, tl.float32) * b_slope, grad_gate_ptr.dtype.element_ty
     )

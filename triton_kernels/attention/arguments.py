@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from warploom.triton_kernels.attention.tiles import LOG2_E, AttentionTile, padded_head_dim
+from warploom.triton_kernels.common.dropout import dropout_threshold
 from warploom.triton_kernels.common.launch import COMPILE_OPTIONS, AheadOfTimeCase, Constant
 
 Arguments = dict[str, Any]
@@ -80,7 +81,6 @@ def dense_arguments(
     dropout_p: float,
 ) -> Arguments:
     """What prefill and its gradient know and decoding does not."""
-    threshold = int(dropout_p * 2**32)  # of 32 bits, passed as a signed number
     strides = (0, 0, 0, 0) if bias is None else bias.stride()
     mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
     return {
@@ -88,7 +88,7 @@ def dense_arguments(
         **dict(zip((f"bias_stride_{of}" for of in "bhqk"), strides, strict=True)),
         "padding_ptr": mask,
         "seed_ptr": dropout_seed if dropout_p > 0 else None,
-        "dropout_threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
+        "dropout_threshold": dropout_threshold(dropout_p),
         "keep_scale": 1 / (1 - dropout_p) if dropout_seed is not None else 1.0,
     }
 

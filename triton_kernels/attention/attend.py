@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from warploom.triton_kernels.attention.scoring import (
     biased_scores,
-    kept_probabilities,
     seen_keys,
 )
+from warploom.triton_kernels.common.dropout import keep_mask
 from warploom.triton_kernels.common.numerics import cast, dot
 
 
@@ -91,7 +91,7 @@ def attend(
         b_rescale = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
         if dropout[0] is not None:
-            kept = kept_probabilities(first_row, first, dropout, BLOCK_M, BLOCK_N)
+            kept = keep_mask(first_row, first, dropout, BLOCK_M, BLOCK_N)
             b_p = tl.where(kept, b_p, 0.0)
         # [BLOCK_N, BLOCK_DV]
         v_mask = (keys < Sk)[:, None] & (value_features < DV)

@@ -8,11 +8,11 @@ from warploom.triton_kernels.attention.arguments import UNSPECIALIZED
 from warploom.triton_kernels.attention.scoring import (
     LOG2_E,
     biased_scores,
-    kept_probabilities,
     query_range,
     seen_keys,
     sequence,
 )
+from warploom.triton_kernels.common.dropout import keep_mask
 from warploom.triton_kernels.common.numerics import cast, dot
 
 
@@ -90,7 +90,7 @@ def _add_key_gradients(
         b_grad_score = dot(b_v, tl.trans(b_grad_out))
         b_dropped = b_p
         if dropout[0] is not None:
-            kept = tl.trans(kept_probabilities(first, first_key, dropout, BLOCK_M, BLOCK_N))
+            kept = tl.trans(keep_mask(first, first_key, dropout, BLOCK_M, BLOCK_N))
             b_grad_score = tl.where(kept, b_grad_score * keep_scale, 0.0)
             b_dropped = tl.where(kept, b_p, 0.0)
         b_grad_score = b_p * (b_grad_score - b_delta[None, :])

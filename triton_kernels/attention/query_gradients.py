@@ -9,11 +9,11 @@ from warploom.triton_kernels.attention.scoring import (
     LOG2_E,
     biased_scores,
     distances,
-    kept_probabilities,
     key_range,
     seen_keys,
     sequence,
 )
+from warploom.triton_kernels.common.dropout import keep_mask
 from warploom.triton_kernels.common.numerics import cast, dot
 
 
@@ -87,7 +87,7 @@ def _add_query_gradients(
             b_p = tl.where(seen, b_p, 0.0)
         b_grad_p = dot(b_grad_out, tl.trans(b_v))
         if dropout[0] is not None:
-            kept = kept_probabilities(first_row, first, dropout, BLOCK_M, BLOCK_N)
+            kept = keep_mask(first_row, first, dropout, BLOCK_M, BLOCK_N)
             b_grad_p = tl.where(kept, b_grad_p * keep_scale, 0.0)
         b_grad_score = b_p * (b_grad_p - b_delta[:, None])
         if grad_bias_ptr is not None:

@@ -9,7 +9,7 @@ the head begin in it:
     bias     [B, H, Sq, Sk] or None, offset of the head, strides of queries and keys
     alibi    slopes [B, H] or None, offset of the head (or of each query's)
     padding  [B, Sk] bytes, not 0 where hidden, or None; offset of the sequence
-    dropout  the seed or None, b H + h, threshold
+    dropout  the seed or None, b H + h, threshold (common.dropout)
 
 Queries `rows` and `keys` are shaped so that they broadcast, whichever stands
 first. Scores are times log2(e): exp(x) = exp2(x log2(e)).
@@ -34,7 +34,7 @@ _P4: tl.constexpr = tl.constexpr(-0.0057049)
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """To about two units in the last place: a soft-cap multiplies small ones by a large number."""
     square = x * x
     polynomial = (((square * _P4 + _P3) * square + _P2) * square + _P1) * square + _P0
@@ -64,7 +64,7 @@ def biased_scores(
     b_score = b_product * score_scale
     b_tanh = b_score
     if SOFTCAP:
-        b_tanh = _tanh(b_score)
+        b_tanh = tanh(b_score)
         b_score = b_tanh * softcap_log2
     if bias_ptr is not None:
         p_bias = bias_ptr + bias_offset + rows.to(tl.int64) * bias_stride_q
@@ -99,24 +99,6 @@ def seen_keys(rows, keys, sizes, window, padding, LEFT: tl.constexpr):
         b_hidden = tl.load(padding_ptr + padding_offset + keys, mask=keys < Sk, other=1)
         seen = seen & (b_hidden == 0)
     return seen
-
-
-@triton.jit
-def kept_probabilities(first_row, first_key, dropout, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """bool [BLOCK_M, BLOCK_N]: what dropout leaves of a tile; first_key is a multiple of 4.
-
-    Number j % 4 of philox(seed; j // 4, i, b H + h, 0) decides on element (i, j).
-    """
-    seed_ptr, i_bh, threshold = dropout
-    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], dtype=tl.int32)
-    quads = zero + (first_key // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    rows = zero + (first_row + tl.arange(0, BLOCK_M))[:, None]
-    # [BLOCK_M, BLOCK_N / 4] each
-    n0, n1, n2, n3 = tl.philox(tl.load(seed_ptr), quads, rows, zero + i_bh, zero)
-    # A join adds a last dimension of 2: element (.., x, y) is number 2 x + y.
-    numbers = tl.join(tl.join(n0, n2), tl.join(n1, n3))
-    numbers = tl.reshape(numbers, [BLOCK_M, BLOCK_N])
-    return numbers >= threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -119,9 +119,9 @@ def row_product(
 
 @on_own_device
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, group_offsets: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, group_offsets: torch.Tensor, batch_invariant: bool
 ) -> torch.Tensor:
-    """x [M, K], weight [G, N, K], group_offsets [G + 1] int32 -> [M, N], contiguous."""
+    """x [M, K], weight [G, N, K], group_offsets [G + 1] int32 -> [M, N], contiguous, batch-invariant."""
     return row_product(x, weight.contiguous(), group_offsets)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models import checkpoint as files
-from warploom.models import generation
+from warploom.models import generation, loss
 from warploom.models.decoder import Decoder, DecoderLayer
 from warploom.models.directory import existing_directory, replace_directory
 from warploom.nn import PagedKeyValueCache, RMSNorm, StaticKeyValueCache
@@ -118,6 +118,17 @@ class CausalLanguageModel(nn.Module, ABC):
             )
         logits: Tensor = self.lm_head(self.model(input_ids, cache, cu_seqlens, max_seqlen))
         return logits
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Cross-entropy of the logits; see `warploom.models.loss.next_token_loss`."""
+        return loss.next_token_loss(self, input_ids, targets, cu_seqlens, max_seqlen, **options)
 
     def generate(
         self, input_ids: generation.Prompts, max_new_tokens: int, **options: Any

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Config = TypeVar("Config")
@@ -156,6 +156,33 @@ def load_pytorch_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}")
     return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, on the CPU."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
+    return tensors
+
+
+def compare_tensors(
+    where: str | Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> None:
+    """CheckpointError, naming tensors, where names or shapes differ."""
+    problems = [f"missing tensor {name}" for name in sorted(expected.keys() - given.keys())]
+    problems += [f"unexpected tensor {name}" for name in sorted(given.keys() - expected.keys())]
+    problems += [
+        f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(given[name].shape)}"
+        for name in sorted(expected.keys() & given.keys())
+        if expected[name].shape != given[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(f"{where}: " + "; ".join(problems[:_LISTED]) + more)
 
 
 def open_weights(directory: Path) -> WeightSource:

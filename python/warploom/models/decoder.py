@@ -106,10 +106,11 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """input_ids int [B, S] -> the last hidden states [B, S, hidden]; the rest as in
-        `CausalLanguageModel`."""
-        delta, residual = self.embed_tokens(input_ids), None
-        batch, count = input_ids.shape
+        """input_ids int [B, S], or embeddings [B, S, hidden] in their place -> the last hidden states
+        [B, S, hidden]; the rest as in `CausalLanguageModel`."""
+        delta = input_ids if input_ids.is_floating_point() else self.embed_tokens(input_ids)
+        residual = None
+        batch, count = input_ids.shape[:2]
         length = count if cu_seqlens is None else max_seqlen or batch * count
         rows = length if cache is None else cache.length_bound(length)
         table_dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32

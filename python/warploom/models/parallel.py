@@ -212,7 +212,8 @@ def fully_shard_model(
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, **options)
-    register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "loss"):
+        register_fsdp_forward_method(model, method)
     return model
 
 

@@ -70,6 +70,13 @@ class KeyValueCache(TokenCache):
         out = out.unflatten(0, (batch, count))
         return out
 
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Writes k and v [B, S, H_kv, D] behind each row's tokens, as `attend` does."""
+        batch, count = k.shape[:2]
+        pages = self._pages(layer, (k, v), count)
+        rows = torch.arange(batch + 1, dtype=torch.int32, device=k.device)
+        self._write(pages, (k.flatten(0, 1), v.flatten(0, 1)), rows * count)
+
 
 class StaticKeyValueCache(KeyValueCache, StaticCache):
     """Keys and values of fixed capacity; the constructor is `StaticCache`'s."""

@@ -175,7 +175,7 @@ class MultiheadLatentAttention(nn.Module):
             options = {**packing, "softmax_scale": self.softmax_scale}
             if cache is not None:
                 options |= cache.prefix(layer)
-            attended = mla_prefill(q, latent, k_rope, own_part(self.kv_b_proj.weight), **options)
+            attended = mla_prefill(q, latent, k_rope, own_part(_weight(self.kv_b_proj)), **options)
             if cu_seqlens is not None:
                 attended = attended.unflatten(0, (batch, count))
         out: Tensor = self.o_proj(attended.flatten(2))
@@ -214,9 +214,16 @@ class MultiheadLatentAttention(nn.Module):
         """W_UK [H, d_nope, d_latent] and W_UV [H, d_value, d_latent]: parts of kv_b_proj, head by head."""
         sizes = [self.qk_nope_head_dim, self.v_head_dim]
         w_uk, w_uv = (
-            own_part(self.kv_b_proj.weight).unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
+            own_part(_weight(self.kv_b_proj)).unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         )
         return w_uk, w_uv
+
+
+def _weight(linear: Any) -> Tensor:
+    """What a linear layer multiplies with; one that is not its `weight` alone says what it is."""
+    effective = getattr(linear, "effective_weight", None)
+    weight: Tensor = linear.weight if effective is None else effective()
+    return weight
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> Tensor:

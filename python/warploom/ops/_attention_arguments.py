@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from warploom.ops._check import check_device, check_floating, check_shape, check_tensor, fail
+from warploom.ops._check import check_device, check_floating, check_shape, fail
 from warploom.ops._fakes import statistics_dtype
 
 
@@ -45,21 +44,6 @@ def slopes(op: str, slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | No
     if tuple(slopes.shape) not in ((heads,), (batch, heads)):
         fail(op, "alibi_slopes", f"shape {(heads,)} or {(batch, heads)}", tuple(slopes.shape))
     return slopes.to(statistics_dtype(q)).expand(batch, heads).contiguous()
-
-
-def dropout(op: str, dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
-    """The seed, int64 [1] on q's device: the one given or a drawn one; None without dropout."""
-    if not 0 <= dropout_p < 1:
-        fail(op, "dropout_p", "a probability in [0, 1)", dropout_p)
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-    check_tensor(op, "seed", seed)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        fail(op, "seed", "an int64 tensor of one element", f"{seed.dtype} {tuple(seed.shape)}")
-    check_device(op, "seed", seed, "q", q)
-    return seed.reshape(1)
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:

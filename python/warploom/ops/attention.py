@@ -41,6 +41,7 @@ from warploom.ops._check import (
     fail,
     refuse_gradient,
 )
+from warploom.ops._dropout import dropout_seed
 from warploom.ops._fakes import statistics_dtype
 
 _ALL_KEYS = (-1, -1)
@@ -140,7 +141,7 @@ def attention(
         None,
         None,
         None,
-        arguments.dropout(op, dropout_p, seed, q),
+        dropout_seed(op, dropout_p, seed, "q", q),
         arguments.scale(softmax_scale, dim),
         *arguments.window(op, causal, window),
         arguments.softcap(op, softcap),
@@ -230,7 +231,7 @@ def attention_varlen(
         cu_seqlens_q,
         cu_seqlens_k,
         block_table,
-        arguments.dropout(op, dropout_p, seed, q),
+        dropout_seed(op, dropout_p, seed, "q", q),
         arguments.scale(softmax_scale, q.shape[-1]),
         *arguments.window(op, causal, window),
         arguments.softcap(op, softcap),

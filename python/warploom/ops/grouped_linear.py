@@ -18,9 +18,11 @@ def _dense_or_empty(x: Tensor, needed: bool) -> Tensor:
 
 _grouped_linear_op = define(
     "grouped_linear",
-    "(Tensor x, Tensor weight, Tensor group_offsets) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor group_offsets, bool batch_invariant) -> Tensor",
     reference=reference.grouped_linear,
-    fake=lambda x, weight, group_offsets: x.new_empty((x.shape[0], weight.shape[1])),
+    fake=lambda x, weight, group_offsets, batch_invariant: x.new_empty(
+        (x.shape[0], weight.shape[1])
+    ),
     triton="grouped_linear.grouped_linear:grouped_linear",
     sharding=("m K, g N K, o -> m N",),
 )
@@ -50,13 +52,18 @@ def _grads(
 _function = Differentiable(
     _grouped_linear_op,
     _grouped_linear_backward_op,
-    save=lambda args, outputs: tuple(args),
+    save=lambda args, outputs: tuple(args[:3]),
     backward=_grads,
 )
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, group_offsets: Tensor, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    group_offsets: Tensor,
+    *,
+    batch_invariant: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """A linear map per group of rows: out[i] = weight[g] x[i], group_offsets[g] <= i < group_offsets[g + 1].
 
@@ -65,6 +72,10 @@ def grouped_linear(
         weight: [G, N, K], x's dtype: one matrix a group, as `torch.nn.Linear` stores it.
         group_offsets: int32 [G + 1] on x's device, rising from 0. Groups may be empty. Never read by the
             host, so that the call can be captured in a CUDA graph.
+        batch_invariant: whether a row of out has the same bits whatever rows its group has beside it, in the
+            forward pass. The kernels have it always, bfloat16 on a CPU too; for float32 there it takes our
+            own product for groups of any size, which PyTorch's overtakes at some tens of rows, and for
+            float16 and float64 PyTorch's, row by row.
         backend: one of `warploom.BACKENDS`; None chooses.
 
     Returns:
@@ -87,5 +98,5 @@ def grouped_linear(
     if weight.shape[2] != x.shape[1]:
         fail(op, "weight", f"shape (G, N, {x.shape[1]})", tuple(weight.shape))
     check_int32(op, "group_offsets", group_offsets, "x", x, (weight.shape[0] + 1,))
-    out: Tensor = _function(x, weight, group_offsets, backend=backend)
+    out: Tensor = _function(x, weight, group_offsets, batch_invariant, backend=backend)
     return out

@@ -43,7 +43,7 @@ class TrainingLog:
         self._file.close()
 
 
-def plot_losses(records: list[Record], path: Path) -> None:
+def plot_losses(records: list[Record], path: Path, title: str) -> None:
     """Draw training loss (with its running mean), validation loss and learning rate as a PNG."""
     require("matplotlib").use("Agg")
     figure, losses = require("matplotlib.pyplot").subplots(figsize=(8, 4.5), layout="constrained")
@@ -62,7 +62,7 @@ def plot_losses(records: list[Record], path: Path) -> None:
         markersize=3,
         label="validation",
     )
-    losses.set(xlabel="step", ylabel="cross entropy (nats per token)", title="Pretraining")
+    losses.set(xlabel="step", ylabel="cross entropy (nats per token)", title=title)
     losses.grid(alpha=0.3)
     rates = losses.twinx()
     rates.plot(

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The source of an epoch's order."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
 class Windows:
     """Windows of ``length`` + 1 tokens, every one of them once an epoch, in an order of its own
     each epoch.
@@ -36,7 +41,7 @@ class Windows:
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = epoch_generator(self.seed, epoch)
             offset = torch.randint(self.length, (1,), generator=generator)
             self._starts = (
                 torch.randperm(self.per_epoch, generator=generator) * self.length + offset

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from warploom.convert import gqa_to_mla, mha_to_gqa
 from warploom.models.causal_lm import CausalLanguageModel
 from warploom.models.llama import Llama
 from warploom.recipes._extras import require
+from warploom.recipes._tokenizer_files import copy_tokenizer
 from warploom.recipes.kv_cache import CacheSize, cache_sizes
-from warploom.recipes.perplexity import perplexity
-from warploom.recipes.text_corpus import load_tokenizer
-
-#: Beside the weights, what a directory's text goes through.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template*",
-)
+from warploom.recipes.perplexity import perplexity, text_tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ def convert_to_mla(
     def change(model: Llama) -> CausalLanguageModel:
         tokens = None
         if calibration is not None:
-            tokens = _tokens(calibration, directory).to(model.lm_head.weight.device)
+            tokens = text_tokens(calibration, directory).to(model.lm_head.weight.device)
             length = min(context, len(tokens))
             tokens = tokens[: len(tokens) // length * length].view(-1, length)
         return gqa_to_mla(model, d_latent=d_latent, d_rope=d_rope, calibration=tokens)
@@ -92,14 +82,12 @@ def _convert(
 ) -> list[Measured]:
     if output.resolve() == directory.resolve():
         raise ValueError(f"output: expected another directory than the model's, got {output}")
-    tokens = None if text is None else _tokens(text, directory)
+    tokens = None if text is None else text_tokens(text, directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Llama.from_pretrained(directory, device=device).eval()
     changed = change(model)
     changed.save_pretrained(output)
-    for pattern in _TOKENIZER_FILES:
-        for path in directory.glob(pattern):
-            shutil.copyfile(path, output / path.name)
+    copy_tokenizer(directory, output)
 
     def measure(place: Path, measured: CausalLanguageModel) -> Measured:
         (own,) = (size for size in cache_sizes(place, context) if size.is_own)
@@ -108,14 +96,6 @@ def _convert(
         )
 
     return [measure(directory, model), measure(output, changed)]
-
-
-def _tokens(text: Path, directory: Path) -> Tensor:
-    """int64 [T], a file's text as the directory's tokenizer has it."""
-    ids = load_tokenizer(directory).encode(text.read_text(encoding="utf-8")).ids
-    if len(ids) < 2:
-        raise ValueError(f"{text}: expected a text of 2 tokens or more, got {len(ids)}")
-    return torch.tensor(ids)
 
 
 def print_measured(models: list[Measured], console: Any) -> None:

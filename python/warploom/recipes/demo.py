@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from warploom.recipes._extras import make_console, require
+from warploom.recipes.fine_tune_demo import fine_tune_demo, print_fine_tune_demo
 from warploom.recipes.generate import generate_text
 from warploom.recipes.kv_cache import cache_sizes
 from warploom.recipes.op_cases import CASES
@@ -28,11 +29,13 @@ class DemoError(ValueError):
 
 
 def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
-    """Train a small LLaMA and a small DeepSeek-V2 on CPython's documentation and show what they do.
+    """Train a small LLaMA and a small DeepSeek-V2 on CPython's documentation, and show what they do.
+
+    The LLaMA is fine-tuned, too, with LoRA on instructions.
 
     Writes ``output/pretrain`` and ``output/pretrain-deepseek-v2`` (log, checkpoint, ``loss.png``,
-    ``model/``), replacing what an earlier demo left there, and ``output/ops.json`` and
-    ``output/ops.png``.
+    ``model/``) and ``output/fine-tuning`` (instructions, log, ``loss.png``, adapter), replacing what
+    an earlier demo left there, and ``output/ops.json`` and ``output/ops.png``.
 
     Args:
         output: the folder for all files.
@@ -74,9 +77,14 @@ def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
             f"{whole:,})",
             highlight=False,
         )
+    console.rule("4. LoRA on instructions made of the standard library's documentation")
+    tuned_directory = output / "fine-tuning"
+    shutil.rmtree(tuned_directory, ignore_errors=True)
+    tuned = fine_tune_demo(model, tuned_directory, steps=max(1, steps // 7), bfloat16=bfloat16)
+    print_fine_tune_demo(tuned, console)
     trained = time.perf_counter()
 
-    console.rule("4. The ops on this machine")
+    console.rule("5. The ops on this machine")
     results = []
     progress = require("rich.progress")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +101,10 @@ def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
         f"{trained - start:.0f} s training, generation and comparison, {end - trained:.0f} s ops: "
         f"{end - start:.0f} s in all"
     )
-    pictures = (run_directory / "loss.png", latent_directory / "loss.png")
-    for path in (*pictures, output / "ops.png", output / "ops.json", model, latent_model):
+    runs = (run_directory, latent_directory, tuned_directory / "lora")
+    pictures = [directory / "loss.png" for directory in runs]
+    models = (model, latent_model, tuned.adapter)
+    for path in (*pictures, output / "ops.png", output / "ops.json", *models):
         console.print(f"  {path}", highlight=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from warploom.lora import load_adapter
 from warploom.models.auto import load_model
 from warploom.recipes.text_corpus import load_tokenizer
 
@@ -26,6 +27,7 @@ def generate_text(
     directory: Path,
     prompt: str,
     *,
+    adapter: Path | None = None,
     max_new_tokens: int = 128,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -40,6 +42,7 @@ def generate_text(
     Args:
         directory: config.json, safetensors, tokenizer.json.
         prompt: the text to continue; the tokenizer's own special tokens are added.
+        adapter: directory of an adapter that ``warploom sft`` or peft saved.
         max_new_tokens: most tokens to add.
         temperature, top_k, top_p: sampling; the likeliest token each time when none is given.
         repetition_penalty: scores of tokens that are there already are divided by it; 1.0 for none.
@@ -48,7 +51,9 @@ def generate_text(
         on_text: called with the prompt, and then with each piece of text as soon as it is certain.
     """
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(directory, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
     prompt_ids = tokenizer.encode(prompt).ids
     generator = None
     if seed is not None:

@@ -15,9 +15,11 @@ from warploom._library import OPS
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_decode, merge_attention
 from warploom.ops.grouped_linear import grouped_linear
+from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
 from warploom.ops.mla import mla_cache_append, mla_decode
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
+from warploom.ops.vocab import lcs_lengths, linear_cross_entropy
 
 Arguments = tuple[Any, ...]
 
@@ -45,6 +47,9 @@ _HEADS, _KEY_VALUE_HEADS, _HEAD_DIM = 16, 4, 64
 _LATENT, _ROPE = 512, 64
 _LATENT_SCALE = 192**-0.5  # heads of 128 features and 64 rotated ones
 _EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 2, 704
+_CLASSES, _CLASS_WIDTH = 8192, 256
+_LOSS_OPTIONS = (-100, 0.0, 0.0, 0.0)  # ignore_index, label_smoothing, z_loss, softcap
+_RANK, _SCALING = 16, 2.0
 
 
 def _rows(size: int, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -102,7 +107,27 @@ def _expert_arguments(size: int, dtype: torch.dtype) -> Arguments:
     offsets = torch.zeros(_EXPERTS + 1, dtype=torch.int32)
     offsets[1:] = torch.bincount(chosen.flatten(), minlength=_EXPERTS).cumsum(0)
     weight = torch.randn(_EXPERTS, _EXPERT_WIDTH, _WIDTH) * (_WIDTH**-0.5 / 2)
-    return torch.randn(size * _CHOSEN, _WIDTH).to(dtype), weight.to(dtype), offsets
+    return torch.randn(size * _CHOSEN, _WIDTH).to(dtype), weight.to(dtype), offsets, False
+
+
+def _adapter(dtype: torch.dtype) -> Tensor:
+    lora_a: Tensor = torch.randn(_RANK, _WIDTH) * _WIDTH**-0.5
+    return lora_a.to(dtype)
+
+
+def _norm_shrink_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    weight = torch.rand(_WIDTH).to(dtype) + 0.5
+    return *_rows(size, dtype, 2), weight, _adapter(dtype), 1e-6
+
+
+def _adapter_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    """A linear map as wide as long, and an adapter of it."""
+    shapes = ((size, _WIDTH), (_WIDTH, _WIDTH), (_RANK, _WIDTH), (_WIDTH, _RANK))
+    x, weight, lora_a, lora_b = (
+        (torch.randn(shape) * shape[1] ** -0.5).to(dtype) for shape in shapes
+    )
+    tensors = x, weight, None, None, lora_a, lora_b, None, None, None
+    return *tensors, "dense", _SCALING, 0.0
 
 
 def _latent_cache(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -120,6 +145,44 @@ def _latent_append_arguments(size: int, dtype: torch.dtype) -> Arguments:
     cache, lengths = _latent_cache(size, dtype)
     new, weight = torch.randn(4, 1, _LATENT + _ROPE).to(dtype), torch.rand(_LATENT).to(dtype) + 0.5
     return new, weight, cache, lengths - 1, None, None, None, None, 1e-6, True
+
+
+def _logits_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    logits, targets = torch.randn(size, _CLASSES).to(dtype), torch.randint(_CLASSES, (size,))
+    return logits, targets, None, *_LOSS_OPTIONS, False
+
+
+def _loss_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    hidden = torch.randn(size, _CLASS_WIDTH).to(dtype)
+    weight = (torch.randn(_CLASSES, _CLASS_WIDTH) * _CLASS_WIDTH**-0.5).to(dtype)
+    tensors = (hidden, weight, torch.randint(_CLASSES, (size,)), None, None, None, None)
+    return *tensors, 1.0, *_LOSS_OPTIONS, True, False, False, False, False, False
+
+
+def _texts(size: int, dtype: torch.dtype) -> Arguments:
+    """A text of 24 tokens and `size` others of as many."""
+    bounds = torch.arange(size + 1, dtype=torch.int32) * 24
+    return torch.randint(50, (24,)), torch.randint(50, (size * 24,)), bounds
+
+
+def _rows_loss(*arguments: Any) -> Tensor:
+    op = OPS["cross_entropy_rows"]
+    loss: Tensor = op.overloads[op.choose(*arguments)](*arguments)
+    return loss
+
+
+def _eager_lcs_lengths(tokens: Tensor, others: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The table of the dynamic programme in Python, as ROUGE-L is usually computed."""
+    lengths, first = [], tokens.tolist()
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        row = [0] * (len(first) + 1)
+        for token in others[begin:end].tolist():
+            above, row = row, [0]
+            for column, own in enumerate(first):
+                best = above[column] + 1 if own == token else max(above[column + 1], row[-1])
+                row.append(best)
+        lengths.append(row[-1])
+    return torch.tensor(lengths, dtype=torch.int32)
 
 
 def _eager_add_rms_norm(
@@ -179,10 +242,30 @@ def _eager_merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     return (first + second).to(out1.dtype), lse
 
 
-def _eager_experts(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
+def _eager_experts(x: Tensor, weight: Tensor, group_offsets: Tensor, *_: Any) -> Tensor:
     bounds = group_offsets.tolist()
     parts = zip(pairwise(bounds), weight)
     return torch.cat([F.linear(x[first:end], w) for (first, end), w in parts])
+
+
+def _eager_norm_shrink(
+    x: Tensor, residual: Tensor, weight: Tensor, lora_a: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, total = _eager_add_rms_norm(x, residual, weight, eps)
+    return out, total, F.linear(out, lora_a)
+
+
+def _eager_swiglu_shrink(
+    gate: Tensor, up: Tensor, lora_a: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    out = F.silu(gate) * up
+    return out, F.linear(out, lora_a)
+
+
+def _eager_lora(
+    x: Tensor, weight: Tensor, scale: None, bias: None, lora_a: Tensor, lora_b: Tensor, *_: Any
+) -> Tensor:
+    return F.linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b) * _SCALING
 
 
 def _eager_latent_decode(q: Tensor, cache: Tensor, *_: Any) -> Tensor:
@@ -295,8 +378,53 @@ CASES = (
         "grouped_linear",
         f"[{_CHOSEN} x S, {_WIDTH}] by {_EXPERTS} experts [{_EXPERT_WIDTH}, {_WIDTH}]",
         _expert_arguments,
-        grouped_linear,
+        lambda x, weight, group_offsets, batch_invariant: grouped_linear(x, weight, group_offsets),
         _eager_experts,
+        inputs=2,
+    ),
+    OpCase(
+        "rms_norm_shrink + residual",
+        "rms_norm_shrink",
+        f"{_ROWS_SHAPE}, rank {_RANK}",
+        _norm_shrink_arguments,
+        lambda x, residual, weight, lora_a, eps: rms_norm_shrink(
+            x, weight, lora_a, residual, eps=eps
+        ),
+        _eager_norm_shrink,
+        inputs=4,
+    ),
+    OpCase(
+        "swiglu_shrink",
+        "gated_activation_shrink",
+        f"{_ROWS_SHAPE}, rank {_RANK}",
+        lambda size, dtype: (*_rows(size, dtype, 2), _adapter(dtype), "silu"),
+        lambda gate, up, lora_a, activation: swiglu_shrink(gate, up, lora_a),
+        _eager_swiglu_shrink,
+        inputs=3,
+    ),
+    OpCase(
+        "lora_shrink",
+        "lora_shrink",
+        f"{_ROWS_SHAPE}, rank {_RANK}",
+        lambda size, dtype: (
+            *_rows(size, dtype, 1),
+            (torch.randn(_RANK, _WIDTH) * _WIDTH**-0.5).to(dtype),
+            None,
+            0.0,
+        ),
+        lambda x, lora_a, *rest: lora_shrink(x, lora_a),
+        lambda x, lora_a, *rest: F.linear(x, lora_a),
+        inputs=2,
+    ),
+    OpCase(
+        "lora_linear",
+        "lora_linear",
+        f"{_ROWS_SHAPE} by [{_WIDTH}, {_WIDTH}], rank {_RANK}",
+        _adapter_arguments,
+        lambda x, weight, scale, bias, lora_a, lora_b, *rest: lora_linear(
+            x, weight, bias, lora_a, lora_b, _SCALING
+        ),
+        _eager_lora,
         inputs=2,
     ),
     OpCase(
@@ -363,5 +491,32 @@ CASES = (
         merge_attention,
         _eager_merge,
         inputs=4,
+    ),
+    OpCase(
+        "cross_entropy_rows",
+        "cross_entropy_rows",
+        f"[S, {_CLASSES}]",
+        _logits_arguments,
+        _rows_loss,
+        lambda logits, targets, *_: F.cross_entropy(logits, targets, reduction="none"),
+        inputs=0,
+    ),
+    OpCase(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        f"[S, {_CLASS_WIDTH}] by [{_CLASSES}, {_CLASS_WIDTH}]",
+        _loss_arguments,
+        lambda hidden, weight, targets, *_: linear_cross_entropy(hidden, weight, targets),
+        lambda hidden, weight, targets, *_: F.cross_entropy(hidden @ weight.T, targets),
+        inputs=2,
+    ),
+    OpCase(
+        "lcs_lengths",
+        "lcs_lengths",
+        "24 tokens and S times 24",
+        _texts,
+        lcs_lengths,
+        _eager_lcs_lengths,
+        inputs=0,
     ),
 )

@@ -37,7 +37,11 @@ class OpResult:
 
 
 #: Forward ops whose backward op has another name than ``<op>_backward``.
-_BACKWARD_OPS = {"add_rms_norm": "rms_norm_backward", "apply_rotary": "apply_rotary"}
+_BACKWARD_OPS = {
+    "add_rms_norm": "rms_norm_backward",
+    "apply_rotary": "apply_rotary",
+    "linear_cross_entropy": "linear_cross_entropy",
+}
 
 
 def chosen_backends(case: OpCase, arguments: Arguments) -> tuple[str, str]:

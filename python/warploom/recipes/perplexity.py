@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from warploom.models.causal_lm import CausalLanguageModel
+from warploom.recipes.text_corpus import load_tokenizer
 
 
 @torch.no_grad()
@@ -36,3 +38,11 @@ def perplexity(model: CausalLanguageModel, token_ids: Tensor, window: int) -> fl
             total += F.cross_entropy(logits, part[1:].long(), reduction="sum").item()
             count += len(part) - 1
     return math.exp(total / count)
+
+
+def text_tokens(text: Path, directory: Path) -> Tensor:
+    """int64 [T], a UTF-8 file's text as the tokenizer of a model directory has it."""
+    ids = load_tokenizer(directory).encode(text.read_text(encoding="utf-8")).ids
+    if len(ids) < 2:
+        raise ValueError(f"{text}: expected a text of 2 tokens or more, got {len(ids)}")
+    return torch.tensor(ids)

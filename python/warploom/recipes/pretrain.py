@@ -9,25 +9,21 @@ another order).
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from warploom.models.causal_lm import CausalLanguageModel
 from warploom.models.directory import replace_directory
 from warploom.recipes import text_corpus
-from warploom.recipes._checkpoints import Checkpoints
-from warploom.recipes._extras import make_console, require
 from warploom.recipes._pretrain_models import ARCHITECTURES, build_model
-from warploom.recipes._training_log import TrainingLog, plot_losses, read_log
+from warploom.recipes._processes import choose_device
+from warploom.recipes._training_run import TrainingRun, parameter_groups, warmup_cosine
 from warploom.recipes._windows import Windows, spread_windows
 
 
@@ -88,33 +84,15 @@ class PretrainConfig:
             )
 
 
-_EXTRAS = ("tokenizers", "rich", "matplotlib")
-
-#: Fields that may differ when a run is resumed: they do not change what it computes.
-_FREE_FIELDS = frozenset({"output", "resume", "text", "checkpoint_every"})
-
-
 def learning_rate_at(config: PretrainConfig, step: int) -> float:
-    """The learning rate of optimiser step ``step`` (from 1): linear warmup, then half a cosine.
-
-    It is the peak at the end of the warmup and ``final_learning_rate_ratio`` of the peak at the
-    last step.
-    """
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    ratio = config.final_learning_rate_ratio
-    return config.learning_rate * (ratio + (1.0 - ratio) * cosine)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: weight decay on matrices, none on vectors (the norms' weights)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """The learning rate of optimiser step ``step``, counted from 1; see ``warmup_cosine``."""
+    return warmup_cosine(
+        step,
+        config.steps,
+        peak=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        final_ratio=config.final_learning_rate_ratio,
+    )
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -134,25 +112,15 @@ def pretrain(config: PretrainConfig) -> Path:
     return _Run(config).train()
 
 
-class _Run:
-    """A pretraining run between its start, or its last checkpoint, and its end."""
+class _Run(TrainingRun):
+    name = "pretrain"
+    title = "Pretraining"
+    free_fields = frozenset({"output", "resume", "text", "checkpoint_every"})
 
     def __init__(self, config: PretrainConfig) -> None:
-        for package in _EXTRAS:  # a run must not end for want of what draws its picture
-            require(package)
-        self.config = config
-        self.checkpoints = Checkpoints(config.output / "checkpoints")
-        self.log_path = config.output / "log.jsonl"
-        self.model_directory = config.output / "model"
-        if not config.resume and (self.log_path.exists() or self.checkpoints.latest() is not None):
-            raise FileExistsError(
-                f"pretrain: output: {config.output} holds a run; resume it or name another folder"
-            )
-        config.output.mkdir(parents=True, exist_ok=True)
-        name = config.device
-        self.device = torch.device(
-            name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        super().__init__(config, "model")
+        self.steps = config.steps
+        self.device = choose_device(config.device)
         self.tokenizer_directory, streams = self._prepare_text()
         self.text_digest = streams.digest
         self.windows = Windows(streams.train, config.sequence_length, config.seed)
@@ -162,7 +130,7 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             tokenizer = text_corpus.load_tokenizer(self.tokenizer_directory)
-            self.model = build_model(config, tokenizer).to(self.device).train()
+            self.model: CausalLanguageModel = build_model(config, tokenizer).to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -170,39 +138,12 @@ class _Run:
             eps=config.epsilon,
             fused=True,
         )
-        self.position = 0  # windows read so far
 
-    def train(self) -> Path:
-        config = self.config
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            done = self._restore()
-            if self.model_directory.exists():
-                return self.model_directory
-            with (
-                closing(TrainingLog(self.log_path, done)) as log,
-                _progress_bar(config.steps, done) as advance,
-            ):
-                for step in range(done + 1, config.steps + 1):
-                    record = self._train_step(step)
-                    if step % config.validate_every == 0 or step == config.steps:
-                        record["validation_loss"] = self._validate()
-                    log.append(record)
-                    if step % config.checkpoint_every == 0 or step == config.steps:
-                        log.sync()
-                        self.checkpoints.save(step, self._state(step))
-                    advance(record)
-        plot_losses(read_log(self.log_path), config.output / "loss.png")
-        self._save_model()
-        return self.model_directory
+    def learning_rate_at(self, step: int) -> float:
+        return learning_rate_at(self.config, step)
 
-    def _train_step(self, step: int) -> dict[str, Any]:
-        """One optimiser step; returns its record for the log."""
+    def accumulate(self) -> tuple[Tensor, int]:
         config = self.config
-        start = time.perf_counter()
-        rate = learning_rate_at(config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss_sum = torch.zeros((), device=self.device)
         for _ in range(config.accumulation_steps):
             tokens = self.windows.batch(self.position, config.batch_size).to(self.device)
@@ -210,23 +151,25 @@ class _Run:
             loss = self._loss(tokens)
             (loss / config.accumulation_steps).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        mean_loss, grad_norm = loss_sum.item() / config.accumulation_steps, norm.item()
-        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"pretrain: step {step}: loss {mean_loss}, gradient norm {grad_norm}: "
-                f"expected finite numbers; lower the learning rate ({rate:g})"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         tokens_read = config.accumulation_steps * config.batch_size * config.sequence_length
-        return {
-            "step": step,
-            "loss": mean_loss,
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": round(tokens_read / (time.perf_counter() - start), 1),
-        }
+        return loss_sum / config.accumulation_steps, tokens_read
+
+    def inputs(self) -> dict[str, Any]:
+        return {"text": self.text_digest}
+
+    def save_result(self) -> None:
+        with replace_directory(self.result) as staging:
+            self.model.save_pretrained(staging)
+            for file in self.tokenizer_directory.iterdir():
+                shutil.copy2(file, staging)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        self.model.eval()
+        batches = torch.split(self.validation, self.config.batch_size)
+        losses = [self._loss(batch.to(self.device)).item() * len(batch) for batch in batches]
+        self.model.train()
+        return sum(losses) / len(self.validation)
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean cross entropy of tokens int64 [batch, sequence + 1], computed in float32."""
@@ -234,14 +177,6 @@ class _Run:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             logits = self.model(tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-    @torch.no_grad()
-    def _validate(self) -> float:
-        self.model.eval()
-        batches = torch.split(self.validation, self.config.batch_size)
-        losses = [self._loss(batch.to(self.device)).item() * len(batch) for batch in batches]
-        self.model.train()
-        return sum(losses) / len(self.validation)
 
     def _prepare_text(self) -> tuple[Path, text_corpus.TokenStreams]:
         """The tokenizer's folder and the token streams; both are made once for a run."""
@@ -263,76 +198,3 @@ class _Run:
             config.output / "tokens.safetensors",
         )
         return directory, streams
-
-    def _state(self, step: int) -> dict[str, Any]:
-        """All that the rest of the run depends on; the learning rate is a function of the step."""
-        return {
-            "step": step,
-            "position": self.position,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "settings": self._settings(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        settings = {
-            name: value for name, value in asdict(self.config).items() if name not in _FREE_FIELDS
-        }
-        return settings | {"text": self.text_digest, "device": self.device.type}
-
-    def _restore(self) -> int:
-        """Take up the newest checkpoint, if there is one; returns the number of steps done."""
-        step = self.checkpoints.latest()
-        if step is None:
-            return 0
-        state = self.checkpoints.load(step)
-        for name, value in self._settings().items():
-            saved = state["settings"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"pretrain: {name}: {self.config.output} began with {saved!r}, got {value!r}"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.position = state["position"]
-        return step
-
-    def _save_model(self) -> None:
-        """Put the model and its tokenizer in place in one step: then the run is complete."""
-        with replace_directory(self.model_directory) as staging:
-            self.model.save_pretrained(staging)
-            for file in self.tokenizer_directory.iterdir():
-                shutil.copy2(file, staging)
-
-
-@contextmanager
-def _progress_bar(steps: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar on a terminal, a line per validation elsewhere; yields what takes the records."""
-    console = make_console()
-    progress = require("rich.progress")
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[loss]}"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pretraining", total=steps, completed=done, loss="")
-
-        def advance(record: dict[str, Any]) -> None:
-            speed = f"{record['tokens_per_second']:.0f} tokens/s"
-            bar.update(task, advance=1, loss=f"loss {record['loss']:.3f}, {speed}")
-            if "validation_loss" in record:
-                console.print(
-                    f"step {record['step']}/{steps}: loss {record['loss']:.3f}, "
-                    f"validation {record['validation_loss']:.3f}, {speed}",
-                    highlight=False,
-                )
-
-        yield advance

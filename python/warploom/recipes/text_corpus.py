@@ -13,9 +13,7 @@ import hashlib
 import inspect
 import json
 import os
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from warploom.recipes._extras import require
+from warploom.recipes._stdlib_sources import (
+    module_name,
+    parse,
+    source_files,
+    stdlib_directory,
+)
 
 BEGIN_TOKEN = "<s>"
 END_TOKEN = "</s>"
 PADDING_TOKEN = "<pad>"
 
-# Installed packages are not the standard library, and the rest is tests, generated tables and
-# vendored wheels.
-_EXCLUDED_DIRECTORIES = frozenset(
-    {"__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "lib2to3", "pydoc_data"}
-    | {"site-packages", "test", "tests", "turtledemo"}
-)
 _SHORTEST_DOCSTRING = 20  # characters; shorter ones are not sentences
 _Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -79,16 +77,15 @@ def standard_library_documents(root: Path | None = None) -> list[Document]:
             seen.add(text)
             documents.append(Document(f"topics:{name}", text))
 
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    for path in _source_files(root):
+    root = stdlib_directory() if root is None else root
+    for path in source_files(root):
         docstrings = []
         for docstring in _docstrings(path):
             if len(docstring) >= _SHORTEST_DOCSTRING and docstring not in seen:
                 seen.add(docstring)
                 docstrings.append(docstring)
         if docstrings:
-            module = ".".join(path.relative_to(root).with_suffix("").parts)
-            documents.append(Document(module.removesuffix(".__init__"), "\n\n".join(docstrings)))
+            documents.append(Document(module_name(path, root), "\n\n".join(docstrings)))
     return documents
 
 
@@ -214,22 +211,10 @@ def token_streams(
     return streams
 
 
-def _source_files(root: Path) -> Iterator[Path]:
-    """The .py files under ``root``, sorted by path."""
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _EXCLUDED_DIRECTORIES)
-        for name in sorted(files):
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                yield Path(folder, name)
-
-
 def _docstrings(path: Path) -> list[str]:
     """The docstrings of the module, its classes and its functions, in the order of their lines."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the sources' own invalid escapes
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a template or a deliberately broken file
+    tree = parse(path)
+    if tree is None:
         return []
     found = []
     for node in ast.walk(tree):

@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 
-def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, group_offsets: Tensor, batch_invariant: bool
+) -> Tensor:
     """out[i] = weight[g] x[i] for the rows group_offsets[g] <= i < group_offsets[g + 1].
 
     x [M, K], weight [G, N, K], group_offsets int32 [G + 1] rising from 0 -> [M, N]. Rows behind the last
-    offset are 0. Sums are taken in at least float32.
+    offset are 0. Sums are taken in at least float32; row by row where `batch_invariant`.
     Source: Gale et al., MegaBlocks (arXiv:2211.15841).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros((x.shape[0], weight.shape[1]))
     bounds = group_offsets.tolist()
     for group, (begin, end) in enumerate(pairwise(bounds)):
-        out[begin:end] = (x[begin:end].to(wide) @ weight[group].to(wide).T).to(x.dtype)
+        step = 1 if batch_invariant else max(1, end - begin)
+        for row in range(begin, end, step):
+            rows = slice(row, row + step)
+            out[rows] = (x[rows].to(wide) @ weight[group].to(wide).T).to(x.dtype)
     return out
 
 

@@ -2,16 +2,16 @@
 // would round the operands to TF32.
 #pragma once
 
-#include "grouped_linear/grouped_linear_tiles.cuh"
+#include "common/product_shape.cuh"
 
-namespace warploom::grouped_linear {
+namespace warploom {
 
 // What a thread has of one operand: kCount of its rows (of right: columns), interleaved with those
 // of kLanes - 1 other threads so that threads side by side read different banks; chunks of 4 of
 // them where rows lie side by side in memory.
-template <bool kTransposed, int kLanes>
+template <bool kTransposed, int kThreadRows, int kLanes>
 struct ThreadRows {
-    static constexpr int kCount = 8;
+    static constexpr int kCount = kThreadRows;
     static constexpr int kChunk = Chunk<float>::kSize;
 
     int lane;
@@ -45,12 +45,13 @@ struct ThreadRows {
 
 template <typename Shape>
 struct FmaSums {
-    static constexpr int kColumnLanes = 16;
-    static constexpr int kRowLanes = Shape::kThreads / kColumnLanes;
-    using Rows = ThreadRows<Shape::kLeftTransposed, kRowLanes>;
-    using Columns = ThreadRows<Shape::kRightTransposed, kColumnLanes>;
-    static_assert(Rows::kCount * kRowLanes == Shape::kRows &&
-                      Columns::kCount * kColumnLanes == Shape::kColumns,
+    // A thread has as many rows as columns: 8, or 4 of a small tile.
+    static constexpr int kCount = Shape::kRows * Shape::kColumns == 64 * Shape::kThreads ? 8 : 4;
+    static constexpr int kColumnLanes = Shape::kColumns / kCount;
+    static constexpr int kRowLanes = Shape::kRows / kCount;
+    using Rows = ThreadRows<Shape::kLeftTransposed, kCount, kRowLanes>;
+    using Columns = ThreadRows<Shape::kRightTransposed, kCount, kColumnLanes>;
+    static_assert(kRowLanes * kColumnLanes == Shape::kThreads,
                   "FmaSums: the threads must cover the tile");
 
     float values[Rows::kCount][Columns::kCount];
@@ -60,8 +61,10 @@ struct FmaSums {
         return {static_cast<int>(threadIdx.x) % kColumnLanes};
     }
 
-    // Sums of sums lose less to rounding than one long sum.
-    WARPLOOM_DEVICE void add(const typename Shape::Stage& stage) {
+    // Sums of sums lose less to rounding than one long sum. Those of columns from `columns` on may
+    // be left out, but are not.
+    WARPLOOM_DEVICE void add(const typename Shape::Stage& stage,
+                             int /*columns*/ = Shape::kColumns) {
         constexpr int kChunk = Chunk<float>::kSize;
         float sums[Rows::kCount][Columns::kCount] = {};
         WARPLOOM_NO_UNROLL
@@ -90,7 +93,20 @@ struct FmaSums {
         }
     }
 
-    WARPLOOM_DEVICE void store(typename Shape::OutTile& tile) const {
+    // Calls visit(value, row, column) for each of this thread's sums, columns one after the other.
+    template <typename Visit>
+    WARPLOOM_DEVICE void for_each(const Visit& visit) {
+        WARPLOOM_UNROLL
+        for (int j = 0; j < Columns::kCount; ++j) {
+            WARPLOOM_UNROLL
+            for (int i = 0; i < Rows::kCount; ++i) {
+                visit(values[i][j], rows().row(i), columns().row(j));
+            }
+        }
+    }
+
+    template <typename OutTile>
+    WARPLOOM_DEVICE void store(OutTile& tile) const {
         constexpr int kChunk = Chunk<float>::kSize;
         WARPLOOM_UNROLL
         for (int i = 0; i < Rows::kCount; ++i) {
@@ -105,4 +121,4 @@ struct FmaSums {
     }
 };
 
-}  // namespace warploom::grouped_linear
+}  // namespace warploom

@@ -1,27 +1,30 @@
 // Products of tiles for float16 and bfloat16: tensor cores (mma.sync, from sm_80).
 #pragma once
 
-#include "grouped_linear/grouped_linear_tiles.cuh"
+#include "common/product_shape.cuh"
 
-namespace warploom::grouped_linear {
+namespace warploom {
 
-// Warps are 2 x 2, each with 32 x 64 of the tile. With g = lane / 4, t = lane % 4, values[m][n]
-// covers the warp's rows 16 m + g (elements 0, 1) and 16 m + g + 8 (elements 2, 3) and its columns
-// 8 n + 2 t and 8 n + 2 t + 1.
+// With g = lane / 4, t = lane % 4, values[m][n] covers the warp's rows 16 m + g (elements 0, 1) and
+// 16 m + g + 8 (elements 2, 3) and its columns 8 n + 2 t and 8 n + 2 t + 1.
 template <typename Shape>
 struct MmaSums {
     using T = typename Shape::Element;
-    static constexpr int kRowFragments = 2;
-    static constexpr int kColumnFragments = 8;
-    static constexpr int kWarpRows = 16 * kRowFragments;
-    static constexpr int kWarpColumns = 8 * kColumnFragments;
-    static_assert(2 * kWarpRows == Shape::kRows && 2 * kWarpColumns == Shape::kColumns,
-                  "MmaSums: 2 x 2 warps");
+    static constexpr int kWarpRows = Shape::kRows / Shape::kRowWarps;
+    static constexpr int kWarpColumns = Shape::kColumns / Shape::kColumnWarps;
+    static constexpr int kRowFragments = kWarpRows / 16;
+    static constexpr int kColumnFragments = kWarpColumns / 8;
+    static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0,
+                  "MmaSums: a warp has whole fragments, of columns whole pairs");
 
     float values[kRowFragments][kColumnFragments][4];
 
-    static WARPLOOM_DEVICE int warp_row() { return device::warp_index() / 2 * kWarpRows; }
-    static WARPLOOM_DEVICE int warp_column() { return device::warp_index() % 2 * kWarpColumns; }
+    static WARPLOOM_DEVICE int warp_row() {
+        return device::warp_index() / Shape::kColumnWarps * kWarpRows;
+    }
+    static WARPLOOM_DEVICE int warp_column() {
+        return device::warp_index() % Shape::kColumnWarps * kWarpColumns;
+    }
 
     // Rows 16 m to 16 m + 15 of the warp, terms 16 step to 16 step + 15.
     static WARPLOOM_DEVICE void load_left(std::uint32_t (&fragment)[4],
@@ -52,7 +55,8 @@ struct MmaSums {
         }
     }
 
-    WARPLOOM_DEVICE void add(const typename Shape::Stage& stage) {
+    // Sums of columns from `columns` on may be left out.
+    WARPLOOM_DEVICE void add(const typename Shape::Stage& stage, int columns = Shape::kColumns) {
         WARPLOOM_UNROLL
         for (int step = 0; step < Shape::kTerms / 16; ++step) {
             std::uint32_t rows[kRowFragments][4];
@@ -62,6 +66,9 @@ struct MmaSums {
             }
             WARPLOOM_UNROLL
             for (int n = 0; n < kColumnFragments; n += 2) {
+                if (warp_column() + n * 8 >= columns) {
+                    break;
+                }
                 std::uint32_t pair[4];
                 load_right(pair, stage.right, n, step);
                 const std::uint32_t first[2] = {pair[0], pair[1]};
@@ -75,7 +82,27 @@ struct MmaSums {
         }
     }
 
-    WARPLOOM_DEVICE void store(typename Shape::OutTile& tile) const {
+    // Calls visit(value, row, column) for each of this thread's sums, columns one after the other.
+    template <typename Visit>
+    WARPLOOM_DEVICE void for_each(const Visit& visit) {
+        const int lane = device::lane_index();
+        WARPLOOM_UNROLL
+        for (int n = 0; n < kColumnFragments; ++n) {
+            WARPLOOM_UNROLL
+            for (int element = 0; element < 2; ++element) {
+                WARPLOOM_UNROLL
+                for (int index = 0; index < 2 * kRowFragments; ++index) {
+                    const int half = index % 2;
+                    visit(values[index / 2][n][half * 2 + element],
+                          warp_row() + index * 8 + lane / 4,
+                          warp_column() + n * 8 + lane % 4 * 2 + element);
+                }
+            }
+        }
+    }
+
+    template <typename OutTile>
+    WARPLOOM_DEVICE void store(OutTile& tile) const {
         const int lane = device::lane_index();
         WARPLOOM_UNROLL
         for (int m = 0; m < kRowFragments; ++m) {
@@ -94,4 +121,4 @@ struct MmaSums {
     }
 };
 
-}  // namespace warploom::grouped_linear
+}  // namespace warploom

@@ -1,0 +1,533 @@
+// The seam of family lora's linear maps: checks -> Params -> launch.
+//
+// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block; grad_weight
+// and grad_bias are PyTorch's everywhere.
+#include <algorithm>
+#include <array>
+
+#include "common/checks.h"
+#include "common/torch.h"
+#include "lora/lora_linear.h"
+
+namespace warploom::lora {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor transposed(const Tensor& matrix) {
+    return torch::stable::transpose(matrix, 0, 1);
+}
+
+// out = a b, by PyTorch. Its float16 products on a CPU may take 200 times as long as float32 ones.
+// Unlike aten::matmul, this overload lets autocast alone.
+void multiply(const Tensor& a, const Tensor& b, Tensor out) {
+    using torch::stable::detail::from;
+    using torch::stable::detail::to;
+    if (out.is_cpu() && out.scalar_type() == ScalarType::Half) {
+        const auto wide = [](const Tensor& half) {
+            return torch::stable::to(half, ScalarType::Float);
+        };
+        const Tensor sums = torch::stable::new_empty(out, out.sizes(), ScalarType::Float);
+        multiply(wide(a), wide(b), sums);
+        torch::stable::copy_(out, sums);
+        return;
+    }
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    check_shim(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
+               "lora_linear: PyTorch's product");
+    to<Tensor>(stack[0]);  // Takes back the reference that the call returns.
+}
+
+// The input of a call, as the kernels see it.
+struct Input {
+    Tensor tensor;
+    DType dtype;
+    int rows;
+    int columns;
+
+    std::int64_t stride() const { return tensor.stride(0); }
+    ScalarType type() const { return tensor.scalar_type(); }
+};
+
+template <Backend backend>
+Input check_input(const Call<backend>& call, const Tensor& x) {
+    call.check_dim(x, "x", 2);
+    return {call.dense_last(x), call.dtype(x, "x"), narrow_size(call, x.size(0), "x"),
+            narrow_size(call, x.size(1), "x")};
+}
+
+// A matrix [rows, columns] of x's type with a dense last dimension.
+template <Backend backend>
+Tensor check_rows(Call<backend>& call, const Tensor& tensor, const char* argument, const Input& x,
+                  std::int64_t columns) {
+    call.check_shape(tensor, argument, {x.rows, columns});
+    call.check_dtype(tensor, argument, x.dtype);
+    return call.keep(call.dense_last(tensor));
+}
+
+// Half of an adapter: contiguous and of x's type, or on the CPU the factor [rank, columns] that it
+// is, or whose transpose it is, wide and with zeros at the end of its rows.
+template <Backend backend>
+const void* adapter_input(Call<backend>& call, const Tensor& tensor, const char* argument,
+                          const Input& x, const std::vector<std::int64_t>& shape,
+                          bool is_transpose) {
+    call.check_shape(tensor, argument, shape);
+    call.parameter_dtype(tensor, argument, x.dtype);
+    if constexpr (backend == Backend::kCpu) {
+        const Tensor factor = is_transpose ? transposed(tensor) : tensor;
+        const std::int64_t columns = factor.size(1);
+        const std::int64_t stride = cpu_factor_stride(columns);
+        Tensor padded = call.empty({factor.size(0), stride}, call.statistics_type(x.dtype));
+        Tensor behind = torch::stable::narrow(padded, 1, columns, stride - columns);
+        torch::stable::zero_(behind);
+        Tensor inside = torch::stable::narrow(padded, 1, 0, columns);
+        torch::stable::copy_(inside, factor);
+        return call.input(call.keep(padded), argument);
+    }
+    const Tensor same = torch::stable::to(tensor, x.type());
+    return call.input(call.keep(torch::stable::contiguous(same)), argument);
+}
+
+// shrunk or its gradient where it is read: wide on the CPU.
+template <Backend backend>
+Tensor check_narrow(Call<backend>& call, const Tensor& tensor, const char* argument, const Input& x,
+                    std::int64_t rank) {
+    const Tensor narrow = check_rows(call, tensor, argument, x, rank);
+    if constexpr (backend == Backend::kCpu) {
+        return call.keep(torch::stable::to(narrow, call.statistics_type(x.dtype)));
+    }
+    return narrow;
+}
+
+template <Backend backend>
+int check_rank(const Call<backend>& call, const Tensor& lora_a) {
+    call.check_dim(lora_a, "lora_a", 2);
+    return narrow_size(call, lora_a.size(0), "lora_a");
+}
+
+template <Backend backend>
+Dropout check_dropout(Call<backend>& call, const OptionalTensor& seed, double dropout_p) {
+    call.check(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p", "a probability in [0, 1)",
+               std::to_string(dropout_p));
+    if (!seed.has_value()) {
+        return {nullptr, 0.0};
+    }
+    call.check(seed->numel() == 1, "seed", "one element", shape_of(*seed));
+    const Tensor flat = torch::stable::reshape(*seed, {1});
+    return {static_cast<const std::int64_t*>(
+                contiguous_input(call, flat, "seed", {1}, ScalarType::Long)),
+            dropout_p};
+}
+
+// The weight [N, K] of the call, and how it is stored.
+struct CheckedWeight {
+    Tensor tensor;
+    Weight weight;
+    int out_features;
+};
+
+template <Backend backend>
+WeightFormat parse_format(const Call<backend>& call, const std::string& name) {
+    if (name == "dense") {
+        return WeightFormat::dense;
+    }
+    if (name == "nf4") {
+        return WeightFormat::nf4;
+    }
+    if (name == "int8") {
+        return WeightFormat::int8;
+    }
+    call.check(name == "fp8_e4m3", "weight_format", "dense, nf4, int8 or fp8_e4m3", name);
+    return WeightFormat::fp8_e4m3;
+}
+
+template <Backend backend>
+CheckedWeight check_weight(Call<backend>& call, const Tensor& weight, const OptionalTensor& scale,
+                           const std::string& format, const Input& x) {
+    call.check_dim(weight, "weight", 2);
+    CheckedWeight checked{
+        torch::stable::contiguous(weight), {}, narrow_size(call, weight.size(0), "weight")};
+    Weight& params = checked.weight;
+    params.format = parse_format(call, format);
+    const bool nf4 = params.format == WeightFormat::nf4;
+    call.check(!nf4 || x.columns % 2 == 0, "x", "an even number of columns beside nf4",
+               shape_of(x.tensor));
+    call.check_shape(weight, "weight", {weight.size(0), nf4 ? x.columns / 2 : x.columns});
+    if (params.format == WeightFormat::dense) {
+        call.check_dtype(weight, "weight", x.dtype);
+    } else {
+        call.check(weight.scalar_type() == ScalarType::Byte, "weight", "dtype Byte",
+                   torch::headeronly::toString(weight.scalar_type()));
+        call.check(scale.has_value(), "weight_scale", "a tensor beside a quantised weight", "None");
+        call.check_dim(*scale, "weight_scale", 2);
+        const std::int64_t blocks = scale->size(1);
+        call.check(blocks > 0 && x.columns % (2 * blocks) == 0, "weight_scale",
+                   "blocks of an even number of columns", shape_of(*scale));
+        params.scale = static_cast<const float*>(contiguous_input(
+            call, *scale, "weight_scale", {weight.size(0), blocks}, ScalarType::Float));
+        params.scale_block = static_cast<int>(x.columns / blocks);
+    }
+    params.values = call.input(checked.tensor, "weight");
+    return checked;
+}
+
+// Quantised weights on the CPU: visit(block, first, count) for all of a weight's rows, or of its
+// columns, `block` those of them, dequantised into memory that a cache holds and all blocks share.
+template <Backend backend, typename Visit>
+void for_each_block(const Call<backend>& call, const CheckedWeight& weight, const Input& x,
+                    bool of_columns, const Visit& visit) {
+    constexpr std::int64_t kBlockBytes = std::int64_t{4} << 20;
+    // As in multiply.
+    const bool widened = x.dtype == DType::float16;
+    const ScalarType type = widened ? ScalarType::Float : x.type();
+    DequantizeParams params{};
+    params.weight = weight.weight;
+    params.in_features = x.columns;
+    params.dtype = x.dtype;
+    params.out_dtype = widened ? DType::float32 : x.dtype;
+    const std::int64_t size = of_columns ? x.columns : weight.out_features;
+    const std::int64_t other = of_columns ? weight.out_features : x.columns;
+    const std::int64_t fitting = kBlockBytes / (other * element_size(params.out_dtype) + 1);
+    const std::int64_t step = std::min(size, std::max<std::int64_t>(fitting / 16 * 16, 16));
+    Tensor buffer = call.empty({step * other}, type);
+    params.out = buffer.data_ptr();
+    for (std::int64_t first = 0; first < size; first += step) {
+        const std::int64_t count = std::min(step, size - first);
+        params.rows = static_cast<int>(of_columns ? other : count);
+        params.columns = static_cast<int>(of_columns ? count : other);
+        params.first_row = static_cast<int>(of_columns ? 0 : first);
+        params.first_column = static_cast<int>(of_columns ? first : 0);
+        dequantize_cpu(params);
+        Tensor used = torch::stable::narrow(buffer, 0, 0, count * other);
+        visit(torch::stable::view(used, {params.rows, params.columns}), first, count);
+    }
+}
+
+// out = a W^T, or a W
+template <Backend backend>
+void multiply_by_weight(const Call<backend>& call, const Tensor& a, const CheckedWeight& weight,
+                        const Input& x, bool transpose, Tensor out) {
+    const auto factor = [&](const Tensor& block) { return transpose ? transposed(block) : block; };
+    if (weight.weight.format == WeightFormat::dense) {
+        multiply(a, factor(weight.tensor), out);
+        return;
+    }
+    const bool widened = x.dtype == DType::float16;
+    const Tensor wide = widened ? torch::stable::to(a, ScalarType::Float) : a;
+    Tensor sums = widened ? call.empty({out.size(0), out.size(1)}, ScalarType::Float) : out;
+    for_each_block(call, weight, x, !transpose,
+                   [&](const Tensor& block, std::int64_t first, std::int64_t count) {
+                       multiply(wide, factor(block), torch::stable::narrow(sums, 1, first, count));
+                   });
+    if (widened) {
+        torch::stable::copy_(out, sums);
+    }
+}
+
+// shrunk = drop(x) A^T
+template <Backend backend>
+Tensor shrink(Call<backend>& call, const Input& x, const Tensor& lora_a, const Dropout& dropout) {
+    LoraShrinkParams params{};
+    params.rank = check_rank(call, lora_a);
+    Tensor shrunk = call.empty({x.rows, params.rank}, x.type());
+    params.x = call.input(x.tensor, "x");
+    params.lora_a = adapter_input(call, lora_a, "lora_a", x, {params.rank, x.columns}, false);
+    params.shrunk = call.output(shrunk, "shrunk");
+    params.dropout = dropout;
+    params.x_row_stride = x.stride();
+    params.rows = x.rows;
+    params.in_features = x.columns;
+    params.dtype = x.dtype;
+    if (params.rows > 0 && params.rank > 0) {
+        WARPLOOM_RUN(backend, call, lora_shrink, params)
+    }
+    return shrunk;
+}
+
+// scaling wide^T narrow, transposed or not, in the type of `parameter`, whose gradient it is.
+template <Backend backend>
+Tensor adapter_grad(Call<backend>& call, const Input& x, const Tensor& wide, const Tensor& narrow,
+                    const Tensor& parameter, const Dropout& dropout, double scaling,
+                    bool transposed) {
+    LoraAdapterGradParams params{};
+    params.rows = x.rows;
+    params.columns = narrow_size(call, wide.size(1), "wide");
+    params.rank = narrow_size(call, narrow.size(1), "narrow");
+    Tensor out = call.empty_like(parameter);
+    const ScalarType type = call.statistics_type(x.dtype);
+    Tensor sums =
+        out.scalar_type() == type ? out : call.empty({parameter.size(0), parameter.size(1)}, type);
+    params.wide = call.input(wide, "wide");
+    params.narrow = call.input(narrow, "narrow");
+    params.out = call.output(sums, "gradient");
+    params.dropout = dropout;
+    params.wide_row_stride = wide.stride(0);
+    params.narrow_row_stride = narrow.stride(0);
+    params.scaling = scaling;
+    params.transposed = transposed;
+    params.dtype = x.dtype;
+    if (params.rows == 0) {
+        torch::stable::zero_(sums);
+    } else if (out.numel() > 0) {
+        WARPLOOM_RUN(backend, call, lora_adapter_grad, params)
+    }
+    if (out.scalar_type() != type) {
+        torch::stable::copy_(out, sums);
+    }
+    return out;
+}
+
+template <Backend backend>
+Tensor lora_shrink(const Tensor& x, const Tensor& lora_a, const OptionalTensor& seed,
+                   double dropout_p) {
+    Call<backend> call("lora_shrink", x);
+    return shrink(call, check_input(call, x), lora_a, check_dropout(call, seed, dropout_p));
+}
+
+template <Backend backend>
+std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& grad_shrunk, const Tensor& x,
+                                                const Tensor& lora_a, const OptionalTensor& seed,
+                                                double dropout_p, bool needs_x, bool needs_a) {
+    Call<backend> call("lora_shrink_backward", x);
+    const Input input = check_input(call, x);
+    const Dropout dropout = check_dropout(call, seed, dropout_p);
+    const int rank = check_rank(call, lora_a);
+    const Tensor narrow = check_narrow(call, grad_shrunk, "grad_shrunk", input, rank);
+    Tensor grad_x = needs_x ? call.empty_like(x) : call.empty({0}, x.scalar_type());
+    if (needs_x) {
+        LoraGradXParams params{};
+        params.grad_shrunk = call.input(narrow, "grad_shrunk");
+        params.lora_a = adapter_input(call, lora_a, "lora_a", input, {rank, input.columns}, false);
+        params.grad_x = call.output(grad_x, "grad_x");
+        params.dropout = dropout;
+        params.grad_shrunk_row_stride = narrow.stride(0);
+        params.rows = input.rows;
+        params.in_features = input.columns;
+        params.rank = rank;
+        params.dtype = input.dtype;
+        if (grad_x.numel() > 0) {
+            WARPLOOM_RUN(backend, call, lora_grad_x, params)
+        }
+    }
+    Tensor grad_a =
+        needs_a ? adapter_grad(call, input, input.tensor, narrow, lora_a, dropout, 1.0, true)
+                : call.empty({0}, lora_a.scalar_type());
+    return {grad_x, grad_a};
+}
+
+// A vector [columns] of the type that statistics have.
+template <Backend backend>
+const void* column_scale_input(Call<backend>& call, const OptionalTensor& column_scale,
+                               const Input& x, std::int64_t columns) {
+    return column_scale.has_value() ? contiguous_input(call, *column_scale, "column_scale",
+                                                       {columns}, call.statistics_type(x.dtype))
+                                    : nullptr;
+}
+
+template <Backend backend>
+std::tuple<Tensor, Tensor, Tensor> lora_linear(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& weight_scale,
+    const OptionalTensor& bias, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+    const OptionalTensor& column_scale, const OptionalTensor& shrunk, const OptionalTensor& seed,
+    std::string weight_format, double scaling, double dropout_p) {
+    Call<backend> call("lora_linear", x);
+    const Input input = check_input(call, x);
+    const CheckedWeight checked = check_weight(call, weight, weight_scale, weight_format, input);
+    const std::int64_t columns = checked.out_features;
+    Tensor made = lora_a.has_value()
+                      ? shrink(call, input, *lora_a, check_dropout(call, seed, dropout_p))
+                      : call.empty({0}, input.type());
+    LoraLinearParams params{};
+    if (lora_b.has_value() && (lora_a.has_value() || shrunk.has_value())) {
+        call.check_dim(*lora_b, "lora_b", 2);
+        params.rank = narrow_size(call, lora_b->size(1), "lora_b");
+        const Tensor narrow =
+            check_narrow(call, lora_a.has_value() ? made : *shrunk, "shrunk", input, params.rank);
+        params.shrunk = call.input(narrow, "shrunk");
+        params.shrunk_row_stride = narrow.stride(0);
+        params.lora_b = adapter_input(call, *lora_b, "lora_b", input, {columns, params.rank}, true);
+    }
+    if (bias.has_value()) {
+        call.check_dtype(*bias, "bias", input.dtype);
+        params.bias = contiguous_input(call, *bias, "bias", {columns}, input.type());
+    }
+    params.column_scale = column_scale_input(call, column_scale, input, columns);
+    Tensor out = call.empty({input.rows, columns}, input.type());
+    Tensor unscaled =
+        column_scale.has_value() ? call.empty_like(out) : call.empty({0}, input.type());
+    params.x = call.input(input.tensor, "x");
+    params.weight = checked.weight;
+    params.out = call.output(out, "out");
+    params.unscaled = column_scale.has_value() ? call.output(unscaled, "unscaled") : nullptr;
+    params.x_row_stride = input.stride();
+    params.scaling = scaling;
+    params.rows = input.rows;
+    params.in_features = input.columns;
+    params.out_features = checked.out_features;
+    params.dtype = input.dtype;
+    if (out.numel() > 0) {
+        if constexpr (backend == Backend::kCpu) {
+            multiply_by_weight(call, input.tensor, checked, input, true, out);
+        }
+        WARPLOOM_RUN(backend, call, lora_linear, params)
+    }
+    return {out, made, unscaled};
+}
+
+// g = column_scale grad_out, and column_scale's gradient.
+template <Backend backend>
+std::tuple<Tensor, Tensor> scale_backward(Call<backend>& call, const Input& x, const Tensor& grad,
+                                          const Tensor& unscaled, const Tensor& column_scale,
+                                          bool needs_column_scale) {
+    LoraScaleBackwardParams params{};
+    const std::int64_t columns = grad.size(1);
+    const ScalarType type = call.statistics_type(x.dtype);
+    Tensor scaled = call.empty({x.rows, columns}, x.type());
+    Tensor grad_column_scale = call.empty({needs_column_scale ? columns : 0}, type);
+    Tensor workspace = call.empty({lora_scale_partials(x.rows), columns}, type);
+    params.grad_out = call.input(grad, "grad_out");
+    params.unscaled = call.input(unscaled, "unscaled");
+    params.column_scale = column_scale_input(call, column_scale, x, columns);
+    params.grad = call.output(scaled, "grad");
+    params.workspace = call.output(workspace, "workspace");
+    params.grad_row_stride = grad.stride(0);
+    params.rows = x.rows;
+    params.columns = static_cast<int>(columns);
+    params.dtype = x.dtype;
+    if (needs_column_scale) {
+        params.grad_column_scale = call.output(grad_column_scale, "grad_column_scale");
+    }
+    if (scaled.numel() > 0) {
+        WARPLOOM_RUN(backend, call, lora_scale_backward, params)
+    } else {
+        torch::stable::zero_(grad_column_scale);
+    }
+    return {scaled, grad_column_scale};
+}
+
+template <Backend backend>
+Tensor grad_of_shrunk(Call<backend>& call, const Input& x, const Tensor& grad, const Tensor& lora_b,
+                      double scaling) {
+    LoraGradShrunkParams params{};
+    params.rank = narrow_size(call, lora_b.size(1), "lora_b");
+    Tensor grad_shrunk = call.empty({x.rows, params.rank}, x.type());
+    params.grad = call.input(grad, "grad");
+    params.lora_b = adapter_input(call, lora_b, "lora_b", x, {grad.size(1), params.rank}, true);
+    params.grad_shrunk = call.output(grad_shrunk, "grad_shrunk");
+    params.grad_row_stride = grad.stride(0);
+    params.scaling = scaling;
+    params.rows = x.rows;
+    params.out_features = static_cast<int>(grad.size(1));
+    params.dtype = x.dtype;
+    if (grad_shrunk.numel() > 0) {
+        WARPLOOM_RUN(backend, call, lora_grad_shrunk, params)
+    }
+    return grad_shrunk;
+}
+
+template <Backend backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& weight_scale, const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+    const OptionalTensor& column_scale, const OptionalTensor& shrunk, const OptionalTensor& seed,
+    const OptionalTensor& unscaled, std::string weight_format, double scaling, double dropout_p,
+    bool needs_x, bool needs_weight, bool needs_bias, bool needs_a, bool needs_b,
+    bool needs_column_scale, bool needs_shrunk) {
+    Call<backend> call("lora_linear_backward", x);
+    const Input input = check_input(call, x);
+    const CheckedWeight checked = check_weight(call, weight, weight_scale, weight_format, input);
+    const std::int64_t columns = checked.out_features;
+    call.check(!needs_weight || checked.weight.format == WeightFormat::dense, "needs_weight",
+               "a dense weight", weight_format);
+    const Dropout dropout = check_dropout(call, seed, dropout_p);
+    const auto nothing = [&](const OptionalTensor& like) {
+        return call.empty({0}, like.has_value() ? like->scalar_type() : input.type());
+    };
+    Tensor grad = check_rows(call, grad_out, "grad_out", input, columns);
+    Tensor grad_bias = nothing({});
+    if (needs_bias) {
+        grad_bias = call.empty({columns}, input.type());
+        torch::stable::sum_out(grad_bias, grad, std::vector<std::int64_t>{0});
+    }
+    Tensor grad_column_scale = call.empty({0}, call.statistics_type(input.dtype));
+    if (column_scale.has_value()) {
+        call.check(unscaled.has_value(), "unscaled", "a tensor beside column_scale", "None");
+        const Tensor dense =
+            torch::stable::contiguous(check_rows(call, *unscaled, "unscaled", input, columns));
+        std::tie(grad, grad_column_scale) =
+            scale_backward(call, input, grad, dense, *column_scale, needs_column_scale);
+    }
+
+    Tensor grad_shrunk = nothing({});
+    Tensor grad_a = nothing(lora_a);
+    Tensor grad_b = nothing(lora_b);
+    LoraGradXParams params{};
+    if (lora_b.has_value() && shrunk.has_value()) {
+        call.check_dim(*lora_b, "lora_b", 2);
+        const std::int64_t rank = lora_b->size(1);
+        if (needs_b) {
+            const Tensor narrow = check_narrow(call, *shrunk, "shrunk", input, rank);
+            grad_b = adapter_grad(call, input, grad, narrow, *lora_b, {}, scaling, false);
+        }
+        const bool reaches_a = lora_a.has_value() && (needs_a || needs_x);
+        if (needs_shrunk || reaches_a) {
+            grad_shrunk = grad_of_shrunk(call, input, grad, *lora_b, scaling);
+        }
+        if (reaches_a) {
+            const Tensor narrow = check_narrow(call, grad_shrunk, "grad_shrunk", input, rank);
+            if (needs_a) {
+                grad_a =
+                    adapter_grad(call, input, input.tensor, narrow, *lora_a, dropout, 1.0, true);
+            }
+            params.lora_a =
+                adapter_input(call, *lora_a, "lora_a", input, {rank, input.columns}, false);
+            params.grad_shrunk = call.input(narrow, "grad_shrunk");
+            params.grad_shrunk_row_stride = narrow.stride(0);
+            params.rank = narrow_size(call, rank, "lora_b");
+        }
+    }
+    Tensor grad_x = nothing({});
+    if (needs_x) {
+        grad_x = call.empty_like(x);
+        params.grad = call.input(grad, "grad");
+        params.weight = checked.weight;
+        params.grad_x = call.output(grad_x, "grad_x");
+        params.dropout = dropout;
+        params.grad_row_stride = grad.stride(0);
+        params.rows = input.rows;
+        params.in_features = input.columns;
+        params.out_features = checked.out_features;
+        params.dtype = input.dtype;
+        if (grad_x.numel() > 0) {
+            if constexpr (backend == Backend::kCpu) {
+                multiply_by_weight(call, grad, checked, input, false, grad_x);
+            }
+            WARPLOOM_RUN(backend, call, lora_grad_x, params)
+        }
+    }
+    Tensor grad_weight = nothing({});
+    if (needs_weight) {
+        grad_weight = call.empty({columns, input.columns}, input.type());
+        multiply(transposed(grad), input.tensor, grad_weight);
+    }
+    return {grad_x,
+            grad_weight,
+            grad_bias,
+            grad_a,
+            grad_b,
+            grad_column_scale,
+            needs_shrunk ? grad_shrunk : nothing({})};
+}
+
+template <Backend backend, typename Library>
+void register_lora(Library& library) {
+    WARPLOOM_IMPL(library, backend, lora_shrink);
+    WARPLOOM_IMPL(library, backend, lora_shrink_backward);
+    WARPLOOM_IMPL(library, backend, lora_linear);
+    WARPLOOM_IMPL(library, backend, lora_linear_backward);
+}
+
+WARPLOOM_REGISTER(register_lora)
+
+}  // namespace
+}  // namespace warploom::lora
