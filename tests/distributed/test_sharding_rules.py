@@ -53,8 +53,20 @@ def _packed_backward(make: Make, **changes: Any) -> tuple[Any, ...]:
 
 
 #: case -> (op, its arguments, the dimensions of the rule that may be sharded).
+#: Ops without a rule: of families lora and vocab, whose arguments FSDP gathers.
+REPLICATED = [
+    name
+    for name in OPS
+    if name.startswith(("lora_", "cross_entropy", "linear_cross", "lcs")) or "shrink" in name
+]
+
 CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
-    **{name: (name, OP_ARGS[name], "...0") for name in OPS if "norm" in name},
+    **{
+        name: (name, OP_ARGS[name], "...0")
+        for name in OPS
+        if "norm" in name and "shrink" not in name
+    },
+    **{name: (name, OP_ARGS[name], "") for name in REPLICATED},
     "norm of four dimensions": (
         "rms_norm",
         lambda make: (make(2, 3, 4, 8), make(8), 1e-6),
