@@ -129,10 +129,12 @@ def test_activations_are_what_autograd_saves() -> None:
 
 
 STEP = """
-import resource, torch
+import torch
 from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(which):  # of getrusage the peak is the parent's, where that was larger when it forked
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
 def run(tokens, **shape):
     model = Llama(LlamaConfig(**shape))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -140,10 +142,9 @@ def run(tokens, **shape):
         model.loss(tokens[:, :-1], tokens[:, 1:], fused=False).backward()
         optimizer.step()
 run(torch.zeros(1, 9, dtype=torch.int64), {small})
-pages = int(open("/proc/self/statm").read().split()[1])
-before = pages * resource.getpagesize()
+before = resident("VmRSS")
 run(torch.zeros({batch}, {length} + 1, dtype=torch.int64), {shape})
-print(peak() - before)
+print(resident("VmHWM") - before)
 """
 
 
