@@ -3,10 +3,9 @@
 // On the CPU, where the offsets can be read, PyTorch multiplies group by group, but for the forward
 // of groups of a few rows, which is ours.
 #include <algorithm>
-#include <array>
 
 #include "common/checks.h"
-#include "common/torch.h"
+#include "common/matmul.h"
 #include "grouped_linear/grouped_linear.h"
 
 namespace warploom::grouped_linear {
@@ -31,23 +30,6 @@ Sizes check_sizes(const Call<backend>& call, const Tensor& x, const Tensor& weig
             narrow_size(call, weight.size(1), "weight"), narrow_size(call, x.size(1), "x")};
 }
 
-// out = a b, by PyTorch. Its float16 products on a CPU may take 200 times as long as float32 ones.
-void multiply(const Tensor& a, const Tensor& b, Tensor out) {
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
-    if (out.scalar_type() == ScalarType::Half) {
-        const auto wide = [](const Tensor& half) {
-            return torch::stable::to(half, ScalarType::Float);
-        };
-        torch::stable::copy_(out, torch::stable::matmul(wide(a), wide(b)));
-        return;
-    }
-    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    check_shim(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
-               "grouped_linear: PyTorch's product");
-    to<Tensor>(stack[0]);  // Takes back the reference that the call returns.
-}
-
 // Calls visit(group, first row, rows) for every group. The offsets lie on the CPU.
 template <Backend backend, typename Visit>
 void for_each_group(const Call<backend>& call, const std::int32_t* offsets, const Sizes& sizes,
@@ -65,10 +47,6 @@ void for_each_group(const Call<backend>& call, const std::int32_t* offsets, cons
 // Rows [first, first + count) of a tensor.
 Tensor rows_of(Tensor tensor, std::int64_t first, std::int64_t count) {
     return torch::stable::narrow(tensor, 0, first, count);
-}
-
-Tensor transposed(const Tensor& matrix) {
-    return torch::stable::transpose(matrix, 0, 1);
 }
 
 void clear_rows_behind(const Tensor& out, std::int64_t last) {

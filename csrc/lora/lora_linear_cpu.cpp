@@ -3,152 +3,14 @@
 // one over the rank. Tiles of a wide matrix are widened, and dropout drawn, on their way into a
 // cache; sums stay in registers.
 #include <algorithm>
-#include <bit>
-#include <type_traits>
 
-#include "common/cpu_codes.h"
-#include "common/cpu_loops.h"
 #include "common/cpu_math.h"
-#include "common/cpu_philox.h"
 #include "common/parallel.h"
-#include "common/philox.h"
-#include "lora/lora_linear.h"
+#include "lora/tile_cpu.h"
 
 namespace warploom::lora {
 namespace WARPLOOM_CPU_ISA {
 namespace {
-
-using namespace ::warploom::WARPLOOM_CPU_ISA;
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kTileVectors = 4;
-#else
-constexpr int kVectorBytes = 32;
-constexpr int kTileVectors = 2;
-#endif
-// Rows that are taken together: their sums, kTileRows x kTileVectors, fill half the registers.
-constexpr int kTileRows = 4;
-
-template <typename W>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-    typedef float Type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-    typedef double Type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename W>
-using Vector = typename VectorOf<W>::Type;
-template <typename W>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(W));
-
-template <typename W>
-inline Vector<W> load(const W* from) {
-    Vector<W> vector;
-    __builtin_memcpy(&vector, from, sizeof(vector));
-    return vector;
-}
-template <typename W>
-inline void store(W* to, Vector<W> vector) {
-    __builtin_memcpy(to, &vector, sizeof(vector));
-}
-
-// A row of kCpuColumns values from column `first` on: those that dropout takes become 0, the others
-// are divided by 1 - p.
-template <typename W>
-inline void drop(const Dropout& dropout, std::int64_t row, std::int64_t first, W* values) {
-    if (dropout.seed == nullptr) {
-        return;
-    }
-    const std::uint32_t threshold = dropout_threshold(dropout.p);
-    const W factor = static_cast<W>(1.0 / (1.0 - dropout.p));
-    std::uint32_t drawn[kCpuColumns];
-    draw_philox<kCpuColumns / 4>(static_cast<std::uint64_t>(*dropout.seed),
-                                 static_cast<std::uint32_t>(first / 4),
-                                 static_cast<std::uint32_t>(row), 0, drawn);
-#pragma omp simd
-    for (int j = 0; j < kCpuColumns; ++j) {
-        values[j] = drawn[j] < threshold ? W{0} : values[j] * factor;
-    }
-}
-
-// A matrix of the tensors' type of which tiles are read.
-template <typename T>
-struct WideMatrix {
-    const T* data;
-    std::int64_t row_stride;
-    std::int64_t columns;
-    Dropout dropout;
-
-    // Columns from the first on that can be read where they are.
-    std::int64_t plain_columns() const {
-        return std::is_same_v<T, Wide<T>> && dropout.seed == nullptr
-                   ? columns / kCpuColumns * kCpuColumns
-                   : 0;
-    }
-
-    // kCpuColumns columns of a row from `first` on, widened and dropped; zeros beyond the last.
-    void stage(std::int64_t row, std::int64_t first, Wide<T>* to) const {
-        const T* from = data + row * row_stride + first;
-        const std::int64_t count = std::min<std::int64_t>(kCpuColumns, columns - first);
-#pragma omp simd
-        for (std::int64_t j = 0; j < count; ++j) {
-            to[j] = widen(from[j]);
-        }
-        std::fill(to + count, to + kCpuColumns, Wide<T>{0});
-        drop(dropout, row, first, to);
-    }
-};
-
-// sums[i][j] += sum over k of left(i, k) right[k][j] for kRows rows i and kCpuColumns columns j;
-// left(i, k) lies at left[i * row_step + k * step].
-template <int kRows, typename W>
-inline void accumulate_rows(W* sums, const W* left, std::int64_t row_step, std::int64_t step,
-                            const W* right, std::int64_t right_stride, int depth) {
-    constexpr int kColumns = kTileVectors * kLanes<W>;
-    for (int column = 0; column < kCpuColumns; column += kColumns) {
-        Vector<W> tile[kRows][kTileVectors];
-        for (int i = 0; i < kRows; ++i) {
-            for (int v = 0; v < kTileVectors; ++v) {
-                tile[i][v] = load(sums + i * kCpuColumns + column + v * kLanes<W>);
-            }
-        }
-        for (int k = 0; k < depth; ++k) {
-            Vector<W> factors[kTileVectors];
-            for (int v = 0; v < kTileVectors; ++v) {
-                factors[v] = load(right + k * right_stride + column + v * kLanes<W>);
-            }
-            for (int i = 0; i < kRows; ++i) {
-                const W value = left[i * row_step + k * step];
-                for (int v = 0; v < kTileVectors; ++v) {
-                    tile[i][v] += value * factors[v];
-                }
-            }
-        }
-        for (int i = 0; i < kRows; ++i) {
-            for (int v = 0; v < kTileVectors; ++v) {
-                store(sums + i * kCpuColumns + column + v * kLanes<W>, tile[i][v]);
-            }
-        }
-    }
-}
-
-template <typename W>
-inline void accumulate(W* sums, int rows, const W* left, std::int64_t row_step, std::int64_t step,
-                       const W* right, std::int64_t right_stride, int depth) {
-    int i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows) {
-        accumulate_rows<kTileRows>(sums + i * kCpuColumns, left + i * row_step, row_step, step,
-                                   right, right_stride, depth);
-    }
-    for (; i < rows; ++i) {
-        accumulate_rows<1>(sums + i * kCpuColumns, left + i * row_step, row_step, step, right,
-                           right_stride, depth);
-    }
-}
 
 // Ranks whose sums lie in a cache at the same time.
 constexpr int kRankBlock = 64;
@@ -393,98 +255,6 @@ void scale_backward(const LoraScaleBackwardParams& params) {
     }
 }
 
-// What codes at column `first` (even) of a row and the next ones stand for, without their scale.
-struct Nf4 {
-    typedef std::uint64_t Bytes __attribute__((vector_size(kVectorBytes)));
-    typedef std::uint32_t Places __attribute__((vector_size(kVectorBytes)));
-    static constexpr int kCodes = kLanes<float>;
-
-    // The numbers of kCodes codes, in registers: a table of 16 fits in one vector or two. A lane of
-    // 64 bits takes a byte, and each half of it one of the byte's codes.
-    static Vector<float> decode_vector(const std::uint8_t* codes) {
-        std::uint64_t word = 0;
-        __builtin_memcpy(&word, codes, kCodes / 2);
-        Bytes bytes;
-        for (int lane = 0; lane < kCodes / 2; ++lane) {
-            bytes[lane] = 8 * lane;
-        }
-        bytes = word >> bytes;
-        const auto places = std::bit_cast<Places>((bytes >> 4 & 15) | (bytes & 15) << 32);
-        if constexpr (kCodes == 16) {
-            return __builtin_shuffle(load(kNf4), places);
-        } else {
-            return __builtin_shuffle(load(kNf4), load(kNf4 + kCodes), places);
-        }
-    }
-
-    static void decode(const std::uint8_t* row, std::int64_t first, std::int64_t count, float* to) {
-        const std::uint8_t* codes = row + first / 2;
-        std::int64_t j = 0;
-        for (; j + kCodes <= count; j += kCodes) {
-            store(to + j, decode_vector(codes + j / 2));
-        }
-        for (; j < count; ++j) {
-            to[j] = kNf4[codes[j / 2] >> (j % 2 == 0 ? 4 : 0) & 15];
-        }
-    }
-};
-template <typename Code>
-struct Bytes {
-    static void decode(const std::uint8_t* row, std::int64_t first, std::int64_t count, float* to) {
-#pragma omp simd
-        for (std::int64_t j = 0; j < count; ++j) {
-            to[j] = Code::decode(row[first + j]);
-        }
-    }
-};
-
-// Calls visit.template operator()<Code>() with the code of a quantised weight.
-template <typename Visit>
-void visit_code(WeightFormat format, Visit&& visit) {
-    switch (format) {
-        case WeightFormat::nf4:
-            visit.template operator()<Nf4>();
-            break;
-        case WeightFormat::int8:
-            visit.template operator()<Bytes<Int8>>();
-            break;
-        default:
-            visit.template operator()<Bytes<Float8>>();
-    }
-}
-
-// T: what elements are rounded to, Out: what they are stored as.
-template <typename Code, typename T, typename Out>
-void dequantize(const DequantizeParams& params) {
-    const std::int64_t row_bytes =
-        params.weight.format == WeightFormat::nf4 ? params.in_features / 2 : params.in_features;
-    const std::int64_t block = params.weight.scale_block;
-    const std::int64_t blocks = params.in_features / block;
-    const std::int64_t last = params.first_column + params.columns;
-    parallel_for(params.rows, 8, [&](std::int64_t begin, std::int64_t end) {
-        alignas(kVectorBytes) float values[kCpuColumns];
-        for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t row = params.first_row + i;
-            const auto* codes =
-                static_cast<const std::uint8_t*>(params.weight.values) + row * row_bytes;
-            const float* scales = params.weight.scale + row * blocks;
-            Out* to = static_cast<Out*>(params.out) + i * params.columns - params.first_column;
-            for (std::int64_t first = params.first_column; first < last;) {
-                const std::int64_t count = std::min<std::int64_t>(
-                    {(first / block + 1) * block - first, last - first, kCpuColumns});
-                Code::decode(codes, first, count, values);
-                const float scale = scales[first / block];
-#pragma omp simd
-                for (std::int64_t j = 0; j < count; ++j) {
-                    to[first + j] =
-                        narrow<Out>(widen(narrow<T>(static_cast<Wide<T>>(values[j] * scale))));
-                }
-                first += count;
-            }
-        }
-    });
-}
-
 }  // namespace
 
 void lora_shrink_cpu(const LoraShrinkParams& params) {
@@ -552,18 +322,6 @@ void lora_adapter_grad_cpu(const LoraAdapterGradParams& params) {
 
 void lora_scale_backward_cpu(const LoraScaleBackwardParams& params) {
     visit_element_type(params.dtype, [&]<typename T>() { scale_backward<T>(params); });
-}
-
-void dequantize_cpu(const DequantizeParams& params) {
-    visit_code(params.weight.format, [&]<typename Code>() {
-        visit_element_type(params.dtype, [&]<typename T>() {
-            if (params.out_dtype == DType::float32) {
-                dequantize<Code, T, float>(params);
-            } else {
-                dequantize<Code, T, T>(params);
-            }
-        });
-    });
 }
 
 }  // namespace WARPLOOM_CPU_ISA

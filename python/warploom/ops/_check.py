@@ -57,6 +57,16 @@ def check_device(op: str, argument: str, value: Tensor, other: str, like: Tensor
         fail(op, argument, f"{other}'s device {like.device}", value.device)
 
 
+def check_parameter(op: str, argument: str, value: Tensor, x: Tensor) -> None:
+    """`value` is on x's device, in x's dtype or float32."""
+    check_floating(op, argument, value)
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {argument}: expected dtype {x.dtype} or torch.float32, got {value.dtype}"
+        )
+    check_device(op, argument, value, "x", x)
+
+
 def refuse_gradient(op: str, argument: str, value: Tensor, reason: str) -> None:
     """RuntimeError where a gradient of `value` would be lost; `reason` says why there is none."""
     if torch.is_grad_enabled() and value.requires_grad:

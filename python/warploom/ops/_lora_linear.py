@@ -12,6 +12,7 @@ from warploom.ops._check import (
     check_device,
     check_dim,
     check_floating,
+    check_parameter,
     check_same,
     check_shape,
     fail,
@@ -26,19 +27,6 @@ def _check_input(op: str, x: Tensor, columns: int) -> None:
     check_floating(op, "x", x)
     if x.dim() == 0 or x.shape[-1] != columns:
         fail(op, "x", f"shape (..., {columns})", tuple(x.shape))
-
-
-def _check_adapter_part(
-    op: str, argument: str, value: Tensor, x: Tensor, shape: tuple[int, int]
-) -> None:
-    """An adapter matrix of the shape, in x's dtype or float32."""
-    check_floating(op, argument, value)
-    check_device(op, argument, value, "x", x)
-    if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {argument}: expected dtype {x.dtype} or torch.float32, got {value.dtype}"
-        )
-    check_shape(op, argument, value, shape)
 
 
 def _cast_weight(
@@ -89,7 +77,8 @@ def lora_shrink(
     check_dim(op, "lora_a", lora_a, 2, "[R, K]")
     _check_input(op, x, lora_a.shape[1])
     (x,) = autocast(x)
-    _check_adapter_part(op, "lora_a", lora_a, x, (lora_a.shape[0], x.shape[-1]))
+    check_parameter(op, "lora_a", lora_a, x)
+    check_shape(op, "lora_a", lora_a, (lora_a.shape[0], x.shape[-1]))
     seed = dropout_seed(op, dropout_p, seed, "x", x)
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _lora_ops.lora_shrink(rows, lora_a, seed, float(dropout_p), backend=backend)
@@ -205,9 +194,11 @@ def lora_linear(
             fail(op, "lora_a", "either lora_a or shrunk", "both" if lora_a is not None else "none")
         check_dim(op, "lora_b", lora_b, 2, "[N, R]")
         rank = lora_b.shape[1]
-        _check_adapter_part(op, "lora_b", lora_b, cast, (out_features, rank))
+        check_parameter(op, "lora_b", lora_b, cast)
+        check_shape(op, "lora_b", lora_b, (out_features, rank))
         if lora_a is not None:
-            _check_adapter_part(op, "lora_a", lora_a, cast, (rank, in_features))
+            check_parameter(op, "lora_a", lora_a, cast)
+            check_shape(op, "lora_a", lora_a, (rank, in_features))
     if dropout_rng not in ("philox", "torch"):
         fail(op, "dropout_rng", "'philox' or 'torch'", repr(dropout_rng))
     column_scale = None

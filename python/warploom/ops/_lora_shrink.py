@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from warploom.ops import _lora_ops
 from warploom.ops._autocast import autocast
 from warploom.ops._check import (
-    check_device,
     check_dim,
     check_floating,
+    check_parameter,
     check_same,
     check_shape,
     fail,
 )
-
-
-def _check_parameter(op: str, argument: str, value: Tensor, x: Tensor) -> None:
-    """Something on x's device, in x's dtype or float32."""
-    check_floating(op, argument, value)
-    if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {argument}: expected dtype {x.dtype} or torch.float32, got {value.dtype}"
-        )
-    check_device(op, argument, value, "x", x)
 
 
 def _check_rows(op: str, argument: str, x: Tensor, lora_a: Tensor) -> None:
@@ -34,7 +23,7 @@ def _check_rows(op: str, argument: str, x: Tensor, lora_a: Tensor) -> None:
     check_floating(op, argument, x)
     if x.dim() == 0 or x.shape[-1] == 0:
         fail(op, argument, "at least 1 dimension, the last one at least 1 long", tuple(x.shape))
-    _check_parameter(op, "lora_a", lora_a, x)
+    check_parameter(op, "lora_a", lora_a, x)
     check_dim(op, "lora_a", lora_a, 2, "[R, K]")
     check_shape(op, "lora_a", lora_a, (max(lora_a.shape[0], 1), x.shape[-1]))
 
@@ -115,7 +104,7 @@ def rms_norm_shrink(
     columns = x.shape[-1]
     if weight is None:
         weight = x.new_ones((columns,))
-    _check_parameter(op, "weight", weight, x)
+    check_parameter(op, "weight", weight, x)
     check_shape(op, "weight", weight, (columns,))
     if residual is not None:
         check_same(op, "residual", residual, "x", x)

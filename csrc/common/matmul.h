@@ -1,0 +1,34 @@
+// PyTorch's matrix product into memory that is there. For *_ops.cpp only: it sees torch.
+#pragma once
+
+#include <array>
+
+#include "torch.h"
+
+namespace warploom {
+
+inline Tensor transposed(const Tensor& matrix) {
+    return torch::stable::transpose(matrix, 0, 1);
+}
+
+// out = a b, by PyTorch. Its float16 products on a CPU may take 200 times as long as float32 ones.
+// Unlike aten::matmul, this overload lets autocast alone.
+inline void multiply(const Tensor& a, const Tensor& b, Tensor out) {
+    using torch::stable::detail::from;
+    using torch::stable::detail::to;
+    if (out.is_cpu() && out.scalar_type() == ScalarType::Half) {
+        const auto wide = [](const Tensor& half) {
+            return torch::stable::to(half, ScalarType::Float);
+        };
+        const Tensor sums = torch::stable::new_empty(out, out.sizes(), ScalarType::Float);
+        multiply(wide(a), wide(b), sums);
+        torch::stable::copy_(out, sums);
+        return;
+    }
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    check_shim(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
+               "PyTorch's product");
+    to<Tensor>(stack[0]);  // Takes back the reference that the call returns.
+}
+
+}  // namespace warploom
