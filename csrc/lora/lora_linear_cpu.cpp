@@ -156,18 +156,23 @@ void expand(const Epilogue<T>& epilogue, const void* narrow_data, std::int64_t n
             const void* factor_data, std::int64_t rows, int rank) {
     using W = Wide<T>;
     constexpr int kRows = 2 * kTileRows;
+    constexpr std::int64_t kTiles = 8;  // that a tile of the factor is read from a cache for
     const auto* narrowed = static_cast<const W*>(narrow_data);
     const auto* factor = static_cast<const W*>(factor_data);
     const std::int64_t stride = cpu_factor_stride(epilogue.columns);
     parallel_for(ceil_divide(rows, kRows), 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t row = begin * kRows; row < end * kRows; row += kRows) {
-            const int tile_rows = static_cast<int>(std::min<std::int64_t>(kRows, rows - row));
+        for (std::int64_t first = begin; first < end; first += kTiles) {
+            const std::int64_t last = std::min(first + kTiles, end);
             for (std::int64_t column = 0; column < epilogue.columns; column += kCpuColumns) {
-                alignas(kVectorBytes) W sums[kRows * kCpuColumns] = {};
-                accumulate(sums, tile_rows, narrowed + row * narrow_stride, narrow_stride, 1,
-                           factor + column, stride, rank);
-                for (int i = 0; i < tile_rows; ++i) {
-                    epilogue.finish(row + i, column, sums + i * kCpuColumns);
+                for (std::int64_t row = first * kRows; row < last * kRows; row += kRows) {
+                    const int tile_rows =
+                        static_cast<int>(std::min<std::int64_t>(kRows, rows - row));
+                    alignas(kVectorBytes) W sums[kRows * kCpuColumns] = {};
+                    accumulate(sums, tile_rows, narrowed + row * narrow_stride, narrow_stride, 1,
+                               factor + column, stride, rank);
+                    for (int i = 0; i < tile_rows; ++i) {
+                        epilogue.finish(row + i, column, sums + i * kCpuColumns);
+                    }
                 }
             }
         }
