@@ -14,6 +14,11 @@ namespace {
 
 // Ranks whose sums lie in a cache at the same time.
 constexpr int kRankBlock = 64;
+// Tiles of rows that read a block of the factor, kCachedRanks x kCachedColumns, from the first
+// cache.
+constexpr int kGroupTiles = 8;
+constexpr int kCachedRanks = 16;
+constexpr std::int64_t kCachedColumns = 512;
 
 // sums[i][r] += the lanes' products of kTileRows rows of x with kRanks rows of the factor.
 template <int kRanks, typename W>
@@ -53,48 +58,80 @@ inline W sum_of_lanes(const Vector<W>& vector) {
     return sum;
 }
 
+// sums[i][r] += the products of a tile of rows with `ranks` rows of the factor, `columns` long.
+template <typename W>
+inline void accumulate_tile(Vector<W>* sums, const W* x, std::int64_t x_stride, const W* factor,
+                            std::int64_t factor_stride, int ranks, std::int64_t columns) {
+    constexpr int kRanks = 4;
+    int r = 0;
+    for (; r + kRanks <= ranks; r += kRanks) {
+        accumulate_dots<kRanks>(sums + r, x, x_stride, factor + r * factor_stride, factor_stride,
+                                columns);
+    }
+    for (; r < ranks; ++r) {
+        accumulate_dots<1>(sums + r, x, x_stride, factor + r * factor_stride, factor_stride,
+                           columns);
+    }
+}
+
+// The same for all tiles of a group, in the columns that can be read where they are.
+template <typename W>
+inline void accumulate_group(Vector<W>* sums, int tiles, const W* x, std::int64_t x_stride,
+                             const W* factor, std::int64_t factor_stride, int ranks,
+                             std::int64_t columns) {
+    for (std::int64_t first = 0; first < columns; first += kCachedColumns) {
+        const std::int64_t count = std::min(kCachedColumns, columns - first);
+        for (int r = 0; r < ranks; r += kCachedRanks) {
+            for (int tile = 0; tile < tiles; ++tile) {
+                accumulate_tile(sums + tile * kTileRows * kRankBlock + r,
+                                x + tile * kTileRows * x_stride + first, x_stride,
+                                factor + r * factor_stride + first, factor_stride,
+                                std::min(kCachedRanks, ranks - r), count);
+            }
+        }
+    }
+}
+
 // narrow [rows, rank] = scaling wide factor^T
 template <typename T>
 void multiply_along_rows(const WideMatrix<T>& wide, const void* factor_data, void* narrow_data,
                          double scaling, std::int64_t rows, int rank) {
     using W = Wide<T>;
-    constexpr int kRanks = 4;
-    constexpr std::int64_t kPlainColumns = 512;
+    constexpr std::int64_t kGroupRows = kGroupTiles * kTileRows;
     const auto* factor = static_cast<const W*>(factor_data);
     T* narrowed = static_cast<T*>(narrow_data);
     const std::int64_t stride = cpu_factor_stride(wide.columns);
-    parallel_for(ceil_divide(rows, kTileRows), 2, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t plain = wide.plain_columns();
+    parallel_for(ceil_divide(rows, kGroupRows), 1, [&](std::int64_t begin, std::int64_t end) {
         alignas(kVectorBytes) W staged[kTileRows * kCpuColumns] = {};
-        for (std::int64_t row = begin * kTileRows; row < end * kTileRows; row += kTileRows) {
-            const std::int64_t tile_rows = std::min<std::int64_t>(kTileRows, rows - row);
+        for (std::int64_t group = begin * kGroupRows; group < end * kGroupRows;
+             group += kGroupRows) {
+            const std::int64_t group_rows = std::min(kGroupRows, rows - group);
+            const int whole_tiles = static_cast<int>(group_rows / kTileRows);
             for (int first_rank = 0; first_rank < rank; first_rank += kRankBlock) {
                 const int ranks = std::min(kRankBlock, rank - first_rank);
-                Vector<W> sums[kTileRows * kRankBlock] = {};
-                const auto multiply = [&](const W* x, std::int64_t x_stride, std::int64_t first,
-                                          std::int64_t count) {
-                    const W* from = factor + first_rank * stride + first;
-                    int r = 0;
-                    for (; r + kRanks <= ranks; r += kRanks) {
-                        accumulate_dots<kRanks>(sums + r, x, x_stride, from + r * stride, stride,
-                                                count);
-                    }
-                    for (; r < ranks; ++r) {
-                        accumulate_dots<1>(sums + r, x, x_stride, from + r * stride, stride, count);
-                    }
-                };
-                const std::int64_t plain = tile_rows == kTileRows ? wide.plain_columns() : 0;
-                for (std::int64_t first = 0; first < plain; first += kPlainColumns) {
-                    multiply(reinterpret_cast<const W*>(wide.data + row * wide.row_stride + first),
-                             wide.row_stride, first, std::min(kPlainColumns, plain - first));
+                const W* from = factor + first_rank * stride;
+                Vector<W> sums[kGroupRows * kRankBlock];
+                for (std::int64_t i = 0; i < ceil_divide(group_rows, kTileRows) * kTileRows; ++i) {
+                    std::fill_n(sums + i * kRankBlock, ranks, Vector<W>{});
                 }
-                for (std::int64_t first = plain; first < wide.columns; first += kCpuColumns) {
-                    for (std::int64_t i = 0; i < tile_rows; ++i) {
-                        wide.stage(row + i, first, staged + i * kCpuColumns);
+                accumulate_group(sums, whole_tiles,
+                                 reinterpret_cast<const W*>(wide.data + group * wide.row_stride),
+                                 wide.row_stride, from, stride, ranks, plain);
+                for (std::int64_t row = 0; row < group_rows; row += kTileRows) {
+                    const std::int64_t tile_rows =
+                        std::min<std::int64_t>(kTileRows, group_rows - row);
+                    for (std::int64_t first = tile_rows == kTileRows ? plain : 0;
+                         first < wide.columns; first += kCpuColumns) {
+                        for (std::int64_t i = 0; i < tile_rows; ++i) {
+                            wide.stage(group + row + i, first, staged + i * kCpuColumns);
+                        }
+                        accumulate_tile(sums + row * kRankBlock, staged, kCpuColumns, from + first,
+                                        stride, ranks, kCpuColumns);
                     }
-                    multiply(staged, kCpuColumns, first, kCpuColumns);
                 }
-                for (std::int64_t i = 0; i < tile_rows; ++i) {
-                    T* to = narrowed + (row + i) * rank + first_rank;
+                for (std::int64_t i = 0; i < group_rows; ++i) {
+                    T* to = narrowed + (group + i) * rank + first_rank;
                     for (int r = 0; r < ranks; ++r) {
                         to[r] = narrow<T>(static_cast<W>(scaling) *
                                           sum_of_lanes<W>(sums[i * kRankBlock + r]));
