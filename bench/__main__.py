@@ -17,7 +17,9 @@ import torch
 
 from bench.harness import Row, measure
 
-FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab")
+FAMILIES = (
+    "norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab", "coupling", "spp",
+)  # fmt: skip
 
 
 def machine(device: str) -> str:

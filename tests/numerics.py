@@ -97,11 +97,15 @@ def _further_errors(
     exact_inputs: Sequence[Tensor],
     upstream: Sequence[Tensor],
     few: Sequence[int],
+    draw: Callable[[], Sequence[Tensor]] | None = None,
 ) -> dict[int, float]:
-    """The largest errors of the plain gradients `few` for further upstream gradients."""
+    """The largest errors of plain gradients `few` for further upstream gradients, and inputs of `draw`."""
     errors = dict.fromkeys(few, 0.0)
     for _ in range(FURTHER_DRAWS if few else 0):
         drawn = [torch.randn_like(grad).to(tensors[0].dtype).double() for grad in upstream]
+        if draw is not None:
+            tensors = draw()
+            exact_inputs = [tensor.detach().double() for tensor in tensors]
         _, exact = _run(plain, exact_inputs, drawn)
         _, rough = _run(plain, tensors, drawn)
         for index in few:
@@ -116,10 +120,13 @@ def check_against_float64(
     tensors: Sequence[Tensor],
     *,
     gradients: bool = True,
+    draw: Callable[[], Sequence[Tensor]] | None = None,
 ) -> None:
     """`function` and its gradients obey the rule; `plain` is the same maths for any dtype.
 
-    The exact result is `plain` on float64 copies, the yardstick `plain` in the inputs' own dtypes.
+    The exact result is `plain` on float64 copies, the yardstick `plain` in the inputs' own dtypes. `draw`:
+    inputs like `tensors`, for functions whose gradients are as rough as the worst of a few elements: the
+    yardstick is the largest error over further ones.
     """
     exact_inputs = [tensor.detach().double() for tensor in tensors]
     exact, _ = _run(plain, exact_inputs, None)
@@ -141,8 +148,9 @@ def check_against_float64(
             what=f"output {index}",
             plain_elsewhere=near_by.get(index, 0.0),
         )
-    few = [index for index, grad in enumerate(exact_grads) if 0 < grad.numel() < FEW]
-    elsewhere = _further_errors(plain, tensors, exact_inputs, upstream or [], few)
+    bound = FEW if draw is None else FEW_OUTPUTS
+    few = [index for index, grad in enumerate(exact_grads) if 0 < grad.numel() < bound]
+    elsewhere = _further_errors(plain, tensors, exact_inputs, upstream or [], few, draw)
     for index, (got, want, yardstick) in enumerate(zip(actual_grads, exact_grads, rough_grads)):
         assert_within(
             got,

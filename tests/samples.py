@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_varlen, merge_attention
+from warploom.ops.coupling import (
+    actnorm,
+    affine_coupling,
+    affine_coupling_linear,
+    channel_affine,
+    rational_quadratic_spline,
+    spline_coupling,
+)
 from warploom.ops.grouped_linear import grouped_linear
 from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
 from warploom.ops.mla import mla_absorbed, mla_prefill
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
+from warploom.ops.spp import roi_align, spatial_pyramid_pool, sppf
 from warploom.ops.vocab import linear_cross_entropy
 from warploom.reference import attention as attention_reference
 from warploom.reference import lora as lora_reference
 from warploom.reference import mla as mla_reference
 from warploom.reference import norm as norm_reference
+from warploom.reference import spp as spp_reference
 
 
 def _rms_norm_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
@@ -159,14 +169,68 @@ def _linear_cross_entropy(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     return *tensors, 0.5, -100, 0.1, 0.01, 5.0, False, True, True, True, True, True
 
 
+def _affine_coupling_linear(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    tensors = (make(3, 6), make(3, 5), make(6, 5), make(6), None, _statistics(make(3)))
+    options = ("range", 3, 3, "shift_scale", "tanh", 1.0, 0.0, 1.0, False, 1, 1)
+    return *tensors, _statistics(make(3)), *options
+
+
+def _affine_coupling_linear_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    arguments = _affine_coupling_linear(make)
+    return make(3, 6), _statistics(make(3)), *arguments[:6], *arguments[7:], True
+
+
 def _lcs_lengths(make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     device = make(1).device
     tokens, others = (torch.randint(5, (size,), device=device) for size in (9, 12))
     return tokens, others, _offsets(tokens, 0, 7, 7, 12)
 
 
+def _pyramid_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x, levels = make(2, 3, 5, 6), [1, 1, 2, 3]
+    out, argmax = spp_reference.spatial_pyramid_pool(
+        x, None, None, levels, "max", "adaptive", False, True
+    )
+    return torch.randn_like(out), x, argmax, None, None, levels, "max", "adaptive", False
+
+
+def _regions(x: Tensor, backend: str | None = None) -> Tensor:
+    rois = torch.tensor([[1, 0, 1, 4, 3], [0, 2, 1, 5, 4], [1, 1, 1, 3, 9.0]], device=x.device)
+    return spatial_pyramid_pool(x, (1, 2), rois=rois, backend=backend)
+
+
+_COUPLING = ("range", 3, 2, "interleaved", "tanh", 0.7, 0.0, 1.0, False, 1, 1, "none")
+
+
+def _affine_coupling(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    weight, log_det = _statistics(make(2)), _statistics(make(2))
+    return make(2, 5, 2, 3), make(2, 4, 2, 3), None, None, weight, log_det, *_COUPLING
+
+
+def _affine_coupling_out(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    return make(2, 5, 2, 3), *_affine_coupling(make)
+
+
+def _affine_coupling_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    weight, grad_log_det = _statistics(make(2)), _statistics(make(2))
+    tensors = (make(2, 5, 2, 3), grad_log_det, make(2, 5, 2, 3), make(2, 4, 2, 3))
+    return *tensors, None, None, weight, *_COUPLING, True
+
+
 def _seed(x: Tensor) -> Tensor:
     return torch.tensor([2**40 + 5], dtype=torch.int64, device=x.device)
+
+
+def _rois(x: Tensor) -> Tensor:
+    """Three regions of two images, one of them beyond the border."""
+    boxes = [[0, 0.5, 0.25, 4.0, 3.5], [1, 1.0, 1.0, 3.5, 4.0], [0, -2.0, 2.0, 9.0, 4.5]]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.tensor(boxes, dtype=dtype, device=x.device)
+
+
+def _roi_align(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    x = make(2, 3, 5, 6)
+    return x, _rois(x), 2, 3, 0.75, 0, True
 
 
 def _lora_shrink(make: Callable[..., Tensor]) -> tuple[Any, ...]:
@@ -188,6 +252,12 @@ def _lora_linear_backward(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     _, shrunk, unscaled = lora_reference.lora_linear(*arguments)
     saved = (x, weight, scale, lora_a, lora_b, column_scale, shrunk, seed, unscaled)
     return make(5, 16), *saved, *scalars, *[True] * 7
+
+
+def _spline(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """The last two of three channels."""
+    options = (1, 3, False, "linear", -2.0, 2.0, -2.0, 2.0, 1e-3, 1e-3, 1e-3, 0.7, "nflows", True)
+    return make(2, 3, 5), make(2, 2, 8, 5), *options
 
 
 #: Arguments of `torch.ops.warploom.<name>.<backend>`.
@@ -229,6 +299,31 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "cross_entropy_rows": _cross_entropy_rows,
     "linear_cross_entropy": _linear_cross_entropy,
     "lcs_lengths": _lcs_lengths,
+    "rational_quadratic_spline": _spline,
+    "rational_quadratic_spline_backward": lambda make: (
+        make(2, 3, 5),
+        _statistics(make(2, 2, 5)),
+        *_spline(make),
+    ),
+    "spatial_pyramid_pool": lambda make: (
+        *(make(2, 3, 5, 6), None, None, [1, 1, 2, 3]),
+        *("max", "adaptive", False, True),
+    ),
+    "spatial_pyramid_pool_backward": _pyramid_backward,
+    "affine_coupling": _affine_coupling,
+    "affine_coupling_out": _affine_coupling_out,
+    "affine_coupling_backward": _affine_coupling_backward,
+    "affine_coupling_linear": _affine_coupling_linear,
+    "affine_coupling_linear_backward": _affine_coupling_linear_backward,
+    "channel_affine": lambda make: (make(2, 3, 5), make(3), make(3), "mul_add", False),
+    "channel_affine_backward": lambda make: (
+        *(make(2, 3, 5), make(2, 3, 5), make(3), make(3)),
+        *("add_mul", True),
+    ),
+    "sppf": lambda make: (make(2, 3, 5, 4), 3, False),
+    "sppf_backward": lambda make: (make(2, 12, 5, 4), make(2, 12, 5, 4), 3, False),
+    "roi_align": _roi_align,
+    "roi_align_backward": lambda make: (make(3, 3, 2, 3), *_roi_align(make)),
 }
 
 
@@ -353,8 +448,52 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         functools.partial(_loss, reduction="none", softcap=5.0),
         [(4, 8), (24, 8), (24,), (3, 8), (24, 3)],
     ),
+    "rational_quadratic_spline": (
+        functools.partial(rational_quadratic_spline, num_bins=3, tails="linear"),
+        [(4, 3), (4, 3, 8)],
+    ),
+    "spline_coupling": (
+        functools.partial(spline_coupling, num_bins=3, convention="zuko"),
+        [(2, 3, 4), (2, 1, 8, 4)],
+    ),
+    "affine_coupling": (affine_coupling, [(2, 5, 2, 3), (2, 4, 2, 3)]),
+    "affine_coupling with every option": (
+        lambda x, shift, raw_scale, weight, log_det_in, backend=None: affine_coupling(
+            x,
+            (shift, raw_scale),
+            mask="checkerboard",
+            scale="tanh",
+            scale_weight=weight,
+            order="add_mul",
+            log_det_in=log_det_in,
+            recompute=False,
+            backend=backend,
+        ),
+        [(2, 3, 2, 3), (2, 3, 2, 3), (2, 3, 2, 3), (3,), (2,)],
+    ),
+    "affine_coupling with a centred scale": (
+        functools.partial(affine_coupling, center="channel", inverse=True),
+        [(2, 5, 3), (2, 4, 3)],
+    ),
+    "affine_coupling_linear": (affine_coupling_linear, [(3, 6), (3, 5), (6, 5), (6,)]),
+    "channel_affine": (channel_affine, [(2, 3, 4), (3,), (3,)]),
+    "actnorm": (
+        functools.partial(actnorm, order="add_mul", inverse=True),
+        [(2, 3, 4), (3,), (3,)],
+    ),
+    "sppf": (lambda x, backend=None: sppf(x, 3, backend=backend), [(2, 3, 5, 4)]),
+    "roi_align": (
+        lambda x, backend=None: roi_align(x, _rois(x), (2, 3), backend=backend),
+        [(2, 3, 5, 6)],
+    ),
     "attention with lse": (
         lambda q, k, v, backend=None: attention(q, k, v, return_lse=True, backend=backend),
         [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)],
     ),
+    "spatial_pyramid_pool": (spatial_pyramid_pool, [(2, 3, 5, 6)]),
+    "spatial_pyramid_pool of means": (
+        functools.partial(spatial_pyramid_pool, mode="avg", flatten="channel_major"),
+        [(2, 3, 5, 6)],
+    ),
+    "spatial_pyramid_pool of regions": (_regions, [(2, 3, 5, 6)]),
 }

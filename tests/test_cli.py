@@ -19,8 +19,11 @@ from warploom.models.llama import Llama
 from warploom.models.llama_config import LlamaConfig
 from warploom.recipes import info, text_corpus
 from warploom.recipes.alpaca import FineTuneConfig
+from warploom.recipes.flows import FlowRunConfig
 from warploom.recipes.pretrain import PretrainConfig
 from warploom.recipes.self_instruct import SelfInstructConfig
+from warploom.recipes.spp_net import SPPNetConfig
+from warploom.recipes.tabular_flows import TabularConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_command(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    recipes = ("pretrain", "sft", "self-instruct", "memory")
+    recipes = ("pretrain", "sft", "self-instruct", "flow", "flow-tables", "memory")
     for command in ("info", "demo", "generate", *recipes, "kv-cache", "convert", "lora", "bench"):
         assert re.search(rf"\b{command}\b", out)
 
@@ -144,6 +147,9 @@ def test_generate_stops_at_the_string(run: Run, model: Path) -> None:
         ("pretrain", PretrainConfig),
         ("sft", FineTuneConfig),
         ("self-instruct", SelfInstructConfig),
+        ("flow", FlowRunConfig),
+        ("flow-tables", TabularConfig),
+        ("spp-net", SPPNetConfig),
     ],
 )
 def test_every_setting_of_a_recipe_is_an_option(run: Run, command: str, config: Any) -> None:

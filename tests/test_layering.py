@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "warploom"
 CSRC = ROOT / "csrc"
 #: In the order of the design: a family may use those before it.
-FAMILIES = ["norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab"]
+FAMILIES = [
+    "norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab", "coupling", "spp",
+]  # fmt: skip
 #: Who may import whom, lowest first.
 LAYERS = {
     "reference": 0, "triton_kernels": 0, "_C": 0, "env": 0,

@@ -35,7 +35,7 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 #: The compile-time budget: CPU seconds of all architectures, per family, twice what a fast CPU takes.
 FAMILY_SECONDS = {
     "norm": 240, "rope": 120, "activation": 120, "grouped_linear": 200, "attention": 900, "mla": 600,
-    "lora": 300, "vocab": 60,
+    "lora": 300, "vocab": 60, "coupling": 400, "spp": 300,
 }  # fmt: skip
 
 

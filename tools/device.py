@@ -28,7 +28,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 from verification import digest, kernel_units  # noqa: E402
 
 STAGE_SECONDS = 530
-FAMILIES = ("norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab")
+FAMILIES = (
+    "norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab", "coupling", "spp",
+)  # fmt: skip
 
 
 def gpu() -> tuple[str, str, str]:

@@ -49,7 +49,7 @@ def application() -> Any:
         steps: Annotated[int, option(min=1, help="Optimiser steps of the training.")] = 1100,
         op_tokens: Annotated[int, option(min=1, help="Size of the ops' inputs.")] = 1024,
     ) -> None:
-        """Train a small LLaMA and a DeepSeek-V2, generate, compare with transformers, measure."""
+        """Train small language models and a flow, generate, compare with transformers, measure."""
         from warploom.recipes.demo import run_demo
 
         run_demo(output, steps=steps, op_tokens=op_tokens)
@@ -289,8 +289,11 @@ def _config_command(
 def _recipe_commands(option: Callable[..., Any]) -> dict[str, Callable[..., None]]:
     """The commands that run a recipe from its config."""
     from warploom.recipes.alpaca import FineTuneConfig, fine_tune
+    from warploom.recipes.flows import FlowRunConfig, train_flow
     from warploom.recipes.pretrain import PretrainConfig, pretrain
     from warploom.recipes.self_instruct import SelfInstructConfig, self_instruct
+    from warploom.recipes.spp_net import SPPNetConfig, spp_net
+    from warploom.recipes.tabular_flows import TabularConfig, compare_tables
 
     recipes: dict[str, tuple[Any, Callable[[Any], Path], str]] = {
         "pretrain": (
@@ -307,6 +310,21 @@ def _recipe_commands(option: Callable[..., Any]) -> dict[str, Callable[..., None
             SelfInstructConfig,
             self_instruct,
             "Let a language model make instructions, from a few of one's own.",
+        ),
+        "flow": (
+            FlowRunConfig,
+            train_flow,
+            "Train a normalizing flow on scikit-learn's digits or one of its tables.",
+        ),
+        "flow-tables": (
+            TabularConfig,
+            compare_tables,
+            "Held-out likelihoods of flows on scikit-learn's tables, beside zuko's.",
+        ),
+        "spp-net": (
+            SPPNetConfig,
+            spp_net,
+            "Train SPP-Net: digits of several sizes, or the detection of coins in a photograph.",
         ),
     }
     return {name: _config_command(option, *recipe) for name, recipe in recipes.items()}

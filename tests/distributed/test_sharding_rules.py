@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from warploom import _sharding
 from warploom._library import OPS
+from warploom.reference import spp as spp_reference
 
 from tests.distributed.ranks import both_ranks
 from tests.samples import OP_ARGS
@@ -52,12 +53,21 @@ def _packed_backward(make: Make, **changes: Any) -> tuple[Any, ...]:
     return _replaced("attention_backward", make, **tensors, **PACKED, **flags, **changes)
 
 
+def _pyramid(make: Make) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments forward and backward for planes whose places are int32: gloo sends no int16."""
+    x, options = make(2, 3, 182, 182), ([1, 1, 2, 3], "max", "adaptive", False)
+    out, argmax = spp_reference.spatial_pyramid_pool(x, None, None, *options, True)
+    forward = (x, None, None, *options, True)
+    return forward, (torch.randn_like(out), x, argmax, None, None, *options)
+
+
 #: case -> (op, its arguments, the dimensions of the rule that may be sharded).
-#: Ops without a rule: of families lora and vocab, whose arguments FSDP gathers.
+#: Ops without a rule: of families lora, vocab and coupling, whose arguments FSDP gathers.
 REPLICATED = [
     name
     for name in OPS
-    if name.startswith(("lora_", "cross_entropy", "linear_cross", "lcs")) or "shrink" in name
+    if name.startswith(("lora_", "cross_entropy", "linear_cross", "lcs", "affine_coupling"))
+    or "shrink" in name
 ]
 
 CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
@@ -76,6 +86,7 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
         name: (name, OP_ARGS[name], "")
         for name in ("cross_entropy_rows", "linear_cross_entropy", "lcs_lengths")
     },
+    **{name: (name, OP_ARGS[name], "A") for name in OPS if "spline" in name},
     "gated_activation": ("gated_activation", OP_ARGS["gated_activation"], "...0 ...1"),
     "gated_activation_backward": (
         "gated_activation_backward",
@@ -181,6 +192,10 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
         "B H",
     ),
     "merge_attention": ("merge_attention", OP_ARGS["merge_attention"], "B S H"),
+    "sppf": ("sppf", OP_ARGS["sppf"], "B"),
+    "sppf_backward": ("sppf_backward", OP_ARGS["sppf_backward"], "B"),
+    "roi_align": ("roi_align", OP_ARGS["roi_align"], "C"),
+    "roi_align_backward": ("roi_align_backward", OP_ARGS["roi_align_backward"], "C"),
     "merge_attention_backward": (
         "merge_attention_backward",
         OP_ARGS["merge_attention_backward"],
@@ -208,6 +223,23 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
     "mla_cache_append, dense": (
         "mla_cache_append",
         lambda make: _replaced("mla_cache_append", make, kv_cache=make(2, 9, 48), **DENSE),
+        "B",
+    ),
+    "channel_affine": ("channel_affine", OP_ARGS["channel_affine"], "B C L"),
+    "channel_affine_backward": (
+        "channel_affine_backward",
+        OP_ARGS["channel_affine_backward"],
+        "B C L",
+    ),
+    "spatial_pyramid_pool": ("spatial_pyramid_pool", lambda make: _pyramid(make)[0], "B"),
+    "spatial_pyramid_pool, inference": (
+        "spatial_pyramid_pool",
+        lambda make: _replaced("spatial_pyramid_pool", make, needs_index=False),
+        "B",
+    ),
+    "spatial_pyramid_pool_backward": (
+        "spatial_pyramid_pool_backward",
+        lambda make: _pyramid(make)[1],
         "B",
     ),
 }

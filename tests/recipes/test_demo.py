@@ -17,7 +17,8 @@ def test_demo_runs_through_and_leaves_its_files(
     shown = capsys.readouterr().out
     assert "transformers generates the same tokens" in shown
     assert demo.PROMPT in shown
-    for name in ("pretrain/loss.png", "ops.png"):
+    assert "bits per dimension" in shown
+    for name in ("pretrain/loss.png", "ops.png", "flow_samples.png", "spp.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "out" / "ops.json").read_text())
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}

@@ -17,7 +17,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def test_every_forward_op_has_a_case() -> None:
-    forward = {name for name in OPS if not name.endswith("_backward")}
+    forward = {name for name in OPS if not name.endswith(("_backward", "_out"))}
     assert {case.op for case in CASES} == forward
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,3 +17,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves operations on x's device alone: streams that are to be inverted."""
+    # Other devices (meta) know no autocast.
+    if x.device.type not in ("cpu", "cuda"):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

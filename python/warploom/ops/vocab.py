@@ -37,12 +37,12 @@ _cross_entropy_rows_op = define(
 
 
 def _chunk_rows(hidden: Tensor, weight: Tensor, needs_weight: bool) -> int:
-    """Rows whose logits are held at a time: as many numbers as hidden has, or weight, where it gets a
-    gradient of its size; and so many that products read the weight, all of it for every chunk, at their
-    own pace."""
+    """Rows whose logits are held at a time: as many numbers as hidden has, or half of weight's, where it
+    gets a gradient of its size; and so many that products read the weight, all of it for every chunk, at
+    their own pace."""
     rows, features = hidden.shape
     like_hidden = rows * features // len(weight)
-    return min(rows, max(256, like_hidden, features if needs_weight else 0))
+    return min(rows, max(64, like_hidden, features // 2 if needs_weight else 0))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

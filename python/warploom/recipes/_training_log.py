@@ -43,8 +43,8 @@ class TrainingLog:
         self._file.close()
 
 
-def plot_losses(records: list[Record], path: Path, title: str) -> None:
-    """Draw training loss (with its running mean), validation loss and learning rate as a PNG."""
+def plot_losses(records: list[Record], path: Path, title: str, label: str) -> None:
+    """Draw training loss (``label``; with its running mean), validation loss and learning rate as a PNG."""
     require("matplotlib").use("Agg")
     figure, losses = require("matplotlib.pyplot").subplots(figsize=(8, 4.5), layout="constrained")
     steps = [record["step"] for record in records]
@@ -62,7 +62,7 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
         markersize=3,
         label="validation",
     )
-    losses.set(xlabel="step", ylabel="cross entropy (nats per token)", title=title)
+    losses.set(xlabel="step", ylabel=label, title=title)
     losses.grid(alpha=0.3)
     rates = losses.twinx()
     rates.plot(

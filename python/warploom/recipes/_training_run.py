@@ -62,6 +62,10 @@ class TrainingRun(ABC):
     title: ClassVar[str]
     #: Fields of the config that may differ when a run is resumed: they do not change what it computes.
     free_fields: ClassVar[frozenset[str]]
+    #: What the loss is, what a step reads, and the packages that the run needs.
+    loss_label: ClassVar[str] = "cross entropy (nats per token)"
+    counted: ClassVar[str] = "tokens"
+    packages: ClassVar[tuple[str, ...]] = ("tokenizers", "rich", "matplotlib")
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -69,7 +73,7 @@ class TrainingRun(ABC):
     steps: int
 
     def __init__(self, config: Any, result: str) -> None:
-        for package in ("tokenizers", "rich", "matplotlib"):
+        for package in self.packages:
             require(package)  # a run must not end for want of what draws its picture
         self.config = config
         self.rank, self.world_size = processes.place()
@@ -90,7 +94,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def accumulate(self) -> tuple[Tensor, int]:
-        """The forward and backward passes of a step: (mean loss without gradient, tokens read)."""
+        """The forward and backward passes of a step: (mean loss without gradient, tokens or samples read)."""
 
     @abstractmethod
     def validate(self) -> float | None:
@@ -129,7 +133,8 @@ class TrainingRun(ABC):
                         self._save(step, log)
                     advance(*self._shown(record))
         if self.rank == 0:
-            plot_losses(read_log(self.log_path), config.output / "loss.png", self.title)
+            picture = config.output / "loss.png"
+            plot_losses(read_log(self.log_path), picture, self.title, self.loss_label)
         self.save_result()
         return result
 
@@ -139,7 +144,7 @@ class TrainingRun(ABC):
         rate = self.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, tokens = self.accumulate()
+        loss, count = self.accumulate()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -156,12 +161,13 @@ class TrainingRun(ABC):
             "loss": mean_loss,
             "learning_rate": rate,
             "grad_norm": grad_norm,
-            "tokens_per_second": round(tokens / (time.perf_counter() - start), 1),
+            f"{self.counted}_per_second": round(count / (time.perf_counter() - start), 1),
         }
 
     def _shown(self, record: Record) -> tuple[str, str | None]:
         """A record beside the progress bar, and on a line of its own where there was a validation."""
-        loss, speed = f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:.0f} tokens/s"
+        loss = f"loss {record['loss']:.3f}"
+        speed = f"{record[f'{self.counted}_per_second']:.0f} {self.counted}/s"
         line = None
         if record["step"] % self.config.validate_every == 0 or record["step"] == self.steps:
             validated = record.get("validation_loss")

@@ -13,15 +13,17 @@ import torch
 
 from warploom.recipes._extras import make_console, require
 from warploom.recipes.fine_tune_demo import fine_tune_demo, print_fine_tune_demo
+from warploom.recipes.flows_demo import flows_demo, print_flows_demo
 from warploom.recipes.generate import generate_text
 from warploom.recipes.kv_cache import cache_sizes
 from warploom.recipes.op_cases import CASES
 from warploom.recipes.op_table import measure, print_results, write_results
 from warploom.recipes.pretrain import PretrainConfig, pretrain
+from warploom.recipes.spp_demo import spp_demo
 
 PROMPT = "Return the"
 _NEW_TOKENS = 48
-_EXTRAS = ("rich", "tokenizers", "matplotlib", "transformers")
+_EXTRAS = ("rich", "tokenizers", "matplotlib", "transformers", "sklearn", "skimage")
 
 
 class DemoError(ValueError):
@@ -31,15 +33,17 @@ class DemoError(ValueError):
 def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
     """Train a small LLaMA and a small DeepSeek-V2 on CPython's documentation, and show what they do.
 
-    The LLaMA is fine-tuned, too, with LoRA on instructions.
+    The LLaMA is fine-tuned, too, with LoRA on instructions. Last, a normalizing flow learns digits.
 
     Writes ``output/pretrain`` and ``output/pretrain-deepseek-v2`` (log, checkpoint, ``loss.png``,
     ``model/``) and ``output/fine-tuning`` (instructions, log, ``loss.png``, adapter), replacing what
-    an earlier demo left there, and ``output/ops.json`` and ``output/ops.png``.
+    an earlier demo left there, ``output/ops.json``, ``output/ops.png``, ``output/flow``,
+    ``output/flow_samples.png`` and ``output/spp.png``.
 
     Args:
         output: the folder for all files.
-        steps: optimiser steps of the LLaMA's training; the other takes a third of them.
+        steps: optimiser steps of the LLaMA's training; the DeepSeek-V2 takes a third of them, the flow a
+            fifth.
         op_tokens: tokens of the inputs on which the ops are measured.
 
     Raises:
@@ -94,17 +98,25 @@ def run_demo(output: Path, *, steps: int = 1100, op_tokens: int = 1024) -> None:
             results.append(measure(case, dtype, size=op_tokens, device=device))
     print_results(results, console)
     write_results(results, output)
+    measured = time.perf_counter()
+
+    console.rule("6. A RealNVP on scikit-learn's digits")
+    flow = flows_demo(output, steps=max(1, steps // 5))
+    print_flows_demo(flow, console)
+    console.rule("7. SPP-Net: digits of several sizes, coins in a photograph")
+    pyramids = spp_demo(output, console, steps=max(1, steps // 16))
     end = time.perf_counter()
 
     console.rule("Done")
     console.print(
-        f"{trained - start:.0f} s training, generation and comparison, {end - trained:.0f} s ops: "
-        f"{end - start:.0f} s in all"
+        f"{trained - start:.0f} s training, generation and comparison, {measured - trained:.0f} s ops, "
+        f"{end - measured:.0f} s vision: {end - start:.0f} s in all"
     )
     runs = (run_directory, latent_directory, tuned_directory / "lora")
     pictures = [directory / "loss.png" for directory in runs]
-    models = (model, latent_model, tuned.adapter)
-    for path in (*pictures, output / "ops.png", output / "ops.json", *models):
+    pictures += [flow.samples, pyramids, output / "ops.png"]
+    models = (model, latent_model, tuned.adapter, flow.model)
+    for path in (*pictures, output / "ops.json", *models):
         console.print(f"  {path}", highlight=False)
 
 

@@ -14,12 +14,21 @@ from torch import Tensor
 from warploom._library import OPS
 from warploom.ops.activation import geglu, swiglu
 from warploom.ops.attention import attention, attention_decode, merge_attention
+from warploom.ops.coupling import (
+    PRESETS,
+    affine_coupling,
+    affine_coupling_linear,
+    channel_affine,
+    rational_quadratic_spline,
+)
 from warploom.ops.grouped_linear import grouped_linear
 from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
 from warploom.ops.mla import mla_cache_append, mla_decode
 from warploom.ops.norm import l2_norm, layer_norm, rms_norm
 from warploom.ops.rope import apply_rotary
+from warploom.ops.spp import roi_align, spatial_pyramid_pool, sppf
 from warploom.ops.vocab import lcs_lengths, linear_cross_entropy
+from warploom.reference import coupling as coupling_reference
 
 Arguments = tuple[Any, ...]
 
@@ -50,6 +59,8 @@ _EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 2, 704
 _CLASSES, _CLASS_WIDTH = 8192, 256
 _LOSS_OPTIONS = (-100, 0.0, 0.0, 0.0)  # ignore_index, label_smoothing, z_loss, softcap
 _RANK, _SCALING = 16, 2.0
+_CHANNELS = 96
+_ROW, _CONDITIONER = 64, 128  # channels of a tabular coupling, features of its conditioner
 
 
 def _rows(size: int, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -159,16 +170,69 @@ def _loss_arguments(size: int, dtype: torch.dtype) -> Arguments:
     return *tensors, 1.0, *_LOSS_OPTIONS, True, False, False, False, False, False
 
 
+def _coupling_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    """`size` // 64 images of 32 x 32 pixels, and their parameters."""
+    images = [torch.randn(max(1, size // 64), _CHANNELS, 32, 32).to(dtype) for _ in range(2)]
+    options = ("range", _CHANNELS // 2, _CHANNELS // 2, "interleaved", "sigmoid", 1.0, 0.0, 1.0)
+    return *images, None, None, None, None, *options, True, 1, 1, "none"
+
+
+def _eager_coupling(x: Tensor, params: Tensor, *_: Any) -> Tensor:
+    """z as Glow has it."""
+    passing, moved = x.chunk(2, dim=1)
+    log_scale = F.logsigmoid(params[:, 1::2] + 2)
+    return torch.cat((passing, (moved + params[:, 0::2]) * torch.exp(log_scale)), dim=1)
+
+
 def _texts(size: int, dtype: torch.dtype) -> Arguments:
     """A text of 24 tokens and `size` others of as many."""
     bounds = torch.arange(size + 1, dtype=torch.int32) * 24
     return torch.randint(50, (24,)), torch.randint(50, (size * 24,)), bounds
 
 
+def _feature_map(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(1, 64, max(8, size // 32), 32).to(dtype)
+
+
+def _region_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    """As many regions of one feature map as it has rows, each of 7 x 7 bins of 2 x 2 samples."""
+    x = _feature_map(size, dtype)
+    rows = x.shape[2]
+    # Inside of the outer pixels' centres, where both sides mean the same.
+    corners = 1 + torch.rand(rows, 2, 2) * torch.tensor([29.0, rows - 3])
+    boxes = torch.cat((corners.amin(1), corners.amax(1) + 1), 1)
+    rois = torch.cat((torch.zeros(rows, 1), boxes), 1).to(_statistics_dtype(dtype))
+    return x, rois, 7, 7, 1.0, 2, True
+
+
 def _rows_loss(*arguments: Any) -> Tensor:
     op = OPS["cross_entropy_rows"]
     loss: Tensor = op.overloads[op.choose(*arguments)](*arguments)
     return loss
+
+
+def _spline_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    """All of 64 features of a row, with the logits of 8 bins."""
+    x, params = torch.randn(size, 64, 1).to(dtype), (torch.randn(size, 64, 1, 23) / 8).to(dtype)
+    interval = (-3.0, 3.0, -3.0, 3.0)
+    return x, params, 0, 8, True, "linear", *interval, 1e-3, 1e-3, 1e-3, 1.0, "nflows", False
+
+
+def _coupling_linear_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    x, hidden = torch.randn(size, _ROW), torch.randn(size, _CONDITIONER)
+    weight, bias = torch.randn(_ROW, _CONDITIONER) / _CONDITIONER, torch.randn(_ROW) / 4
+    half = _ROW // 2
+    options = ("range", half, half, "shift_scale", "exp", 1.0, 0.0, 1.0, False, 1, 1)
+    tensors = (tensor.to(dtype) for tensor in (x, hidden, weight, bias))
+    return *tensors, None, None, None, *options
+
+
+def _eager_coupling_linear(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    kept, moved = x.chunk(2, dim=1)
+    shift, log_scale = F.linear(hidden, weight, bias).chunk(2, dim=1)
+    return torch.cat((kept, moved * log_scale.exp() + shift), dim=1), log_scale.sum(1)
 
 
 def _eager_lcs_lengths(tokens: Tensor, others: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -183,6 +247,34 @@ def _eager_lcs_lengths(tokens: Tensor, others: Tensor, cu_seqlens: Tensor) -> Te
                 row.append(best)
         lengths.append(row[-1])
     return torch.tensor(lengths, dtype=torch.int32)
+
+
+def _eager_sppf(x: Tensor, kernel_size: int, channels_last: bool) -> Tensor:
+    slices = [x]
+    for _ in range(3):
+        slices.append(F.max_pool2d(slices[-1], kernel_size, 1, kernel_size // 2))
+    return torch.cat(slices, 1)
+
+
+def _eager_roi_align(x: Tensor, rois: Tensor, bins: int, _: int, *rest: Any) -> Tensor:
+    """As one writes it without torchvision: `F.grid_sample` where the samples lie."""
+    (height, width), samples = x.shape[2:], rest[1]
+    places = (torch.arange(bins * samples, device=x.device, dtype=rois.dtype) + 0.5) / samples
+    regions = []
+    for _, x1, y1, x2, y2 in rois:
+        across = x1 - 0.5 + places * (x2 - x1) / bins
+        down = y1 - 0.5 + places * (y2 - y1) / bins
+        # Its -1 and 1 are the outer pixels' outer edges.
+        grid = torch.stack(
+            torch.broadcast_tensors(
+                (2 * across + 1) / width - 1, ((2 * down + 1) / height - 1)[:, None]
+            ),
+            -1,
+        )
+        grid = grid.to(x.dtype)[None]
+        sampled = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        regions.append(F.avg_pool2d(sampled, samples))
+    return torch.cat(regions)
 
 
 def _eager_add_rms_norm(
@@ -287,6 +379,24 @@ def _eager_latent_append(*arguments: Any) -> Tensor:
     cache[torch.arange(4, device=new.device), lengths.long()] = row
     written: Tensor = cache
     return written
+
+
+def _maps(size: int, dtype: torch.dtype) -> Arguments:
+    levels = [1, 1, 2, 2, 4, 4]
+    return (
+        torch.randn(size, 32, 13, 13).to(dtype),
+        None,
+        None,
+        levels,
+        "max",
+        "adaptive",
+        False,
+        False,
+    )
+
+
+def _eager_pyramid(x: Tensor, *_: Any) -> Tensor:
+    return torch.cat([F.adaptive_max_pool2d(x, level).flatten(1) for level in (1, 2, 4)], 1)
 
 
 _ROWS_SHAPE = f"[S, {_WIDTH}]"
@@ -518,5 +628,77 @@ CASES = (
         lcs_lengths,
         _eager_lcs_lengths,
         inputs=0,
+    ),
+    OpCase(
+        "rational_quadratic_spline",
+        "rational_quadratic_spline",
+        "[S, 64], 8 bins",
+        _spline_arguments,
+        lambda x, params, *_: rational_quadratic_spline(
+            x, params, num_bins=8, tails="linear", tail_bound=3.0
+        ),
+        coupling_reference.rational_quadratic_spline,
+        inputs=0,
+    ),
+    OpCase(
+        "spatial_pyramid_pool",
+        "spatial_pyramid_pool",
+        "[S, 32, 13, 13], levels 1, 2, 4",
+        _maps,
+        lambda x, *_: spatial_pyramid_pool(x),
+        _eager_pyramid,
+        inputs=1,
+    ),
+    OpCase(
+        "affine_coupling",
+        "affine_coupling",
+        f"[S / 64, {_CHANNELS}, 32, 32]",
+        _coupling_arguments,
+        lambda x, params, *_: affine_coupling(x, params, **PRESETS["openai_glow"])[0],
+        _eager_coupling,
+        inputs=2,
+    ),
+    OpCase(
+        "affine_coupling_linear",
+        "affine_coupling_linear",
+        f"[S, {_ROW}] by [{_ROW}, {_CONDITIONER}]",
+        _coupling_linear_arguments,
+        lambda x, hidden, weight, bias, *_: affine_coupling_linear(x, hidden, weight, bias),
+        _eager_coupling_linear,
+        inputs=4,
+    ),
+    OpCase(
+        "channel_affine",
+        "channel_affine",
+        "[1, 64, S / 32, 32]",
+        lambda size, dtype: (
+            _feature_map(size, dtype),
+            *torch.rand(2, 64).to(dtype),
+            "mul_add",
+            False,
+        ),
+        lambda x, scale, shift, *_: channel_affine(x, scale, shift),
+        lambda x, scale, shift, *_: torch.addcmul(shift[:, None, None], x, scale[:, None, None]),
+        inputs=3,
+    ),
+    OpCase(
+        "sppf",
+        "sppf",
+        "[1, 64, S / 32, 32]",
+        lambda size, dtype: (_feature_map(size, dtype), 5, False),
+        lambda x, kernel_size, channels_last: sppf(x, kernel_size),
+        _eager_sppf,
+        inputs=1,
+    ),
+    OpCase(
+        "roi_align",
+        "roi_align",
+        "[1, 64, S / 32, 32], S / 32 regions",
+        _region_arguments,
+        lambda x, rois, height, width, scale, ratio, aligned: roi_align(
+            x, rois, (height, width), spatial_scale=scale, sampling_ratio=ratio, aligned=aligned
+        ),
+        _eager_roi_align,
+        inputs=1,
     ),
 )

@@ -1,0 +1,11 @@
+"""Couplings, the last layer of a conditioner with its coupling, and splines."""
+
+from __future__ import annotations
+
+from bench.coupling import affine_cases, affine_coupling_linear_cases, spline_cases
+from bench.harness import Case
+
+
+def cases(device: str) -> list[Case]:
+    families = (affine_cases, affine_coupling_linear_cases, spline_cases)
+    return [case for family in families for case in family.cases(device)]

@@ -1,0 +1,160 @@
+// Where the elements of an affine coupling and their parameters lie, and which threads take them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/index.cuh"
+#include "coupling/affine_coupling.h"
+#include "device/device.cuh"
+
+namespace warploom::coupling {
+
+// Threads take kVector neighbours of a line at a time.
+template <typename Element_, int kVector_>
+struct CouplingTraits {
+    using Element = Element_;
+    static constexpr int kVector = kVector_;
+    static constexpr int kThreads = 256;
+    static constexpr int kBlocksPerMultiprocessor = kVector == 1 ? 3 : 2;
+};
+
+// A sample is cut into tiles of so many elements, whatever the vectors: its sums are cut so, too.
+inline constexpr int kTile = 4096;
+// A block takes one tile, or as many small samples as it has threads for, so many elements each.
+inline constexpr int kThreadElements = 16;
+
+struct CouplingGrid {
+    std::int64_t tiles;  // of a sample
+    int sample_threads;  // a power of two: lanes of a warp, or the block
+};
+
+inline std::int64_t tiles_of(const CouplingOptions& options) {
+    return std::max<std::int64_t>(ceil_divide(options.channels * options.pixels, kTile), 1);
+}
+
+inline CouplingGrid grid_of(const CouplingOptions& options, int block_threads) {
+    const std::int64_t elements = options.channels * options.pixels;
+    int threads = 1;
+    while (threads <= device::kWarpSize && threads * kThreadElements < elements) {
+        threads *= 2;
+    }
+    return {.tiles = tiles_of(options),
+            .sample_threads = threads <= device::kWarpSize ? threads : block_threads};
+}
+
+// The vectors of one thread begin at the elements begin, begin + step, ... < end of its sample.
+struct Share {
+    std::int64_t sample;
+    std::int64_t tile;
+    std::int64_t begin;
+    std::int64_t end;
+    std::int64_t step;
+};
+
+// The samples past the last one have no elements.
+template <typename Traits>
+WARPLOOM_DEVICE Share share_of_thread(const CouplingOptions& options, const CouplingGrid& grid) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const Division block = divide(blockIdx.x, grid.tiles);
+    Share share;
+    share.sample =
+        block.quotient * (Traits::kThreads / grid.sample_threads) + thread / grid.sample_threads;
+    share.tile = block.remainder;
+    share.begin = share.tile * kTile + (thread % grid.sample_threads) * Traits::kVector;
+    const std::int64_t elements =
+        share.sample < options.batch ? options.channels * options.pixels : 0;
+    const std::int64_t tile_end = (share.tile + 1) * kTile;
+    share.end = tile_end < elements ? tile_end : elements;
+    share.step = static_cast<std::int64_t>(grid.sample_threads) * Traits::kVector;
+    return share;
+}
+
+// kVector neighbours along a line, and their parameters, neighbours too.
+struct Place {
+    std::int64_t channel;  // of the first element
+    std::int64_t pixel;
+    std::int64_t slot;  // the channel and the pixel of the first element's parameters
+    std::int64_t slot_pixel;
+    unsigned moved;  // bit i: element i is transformed
+};
+
+// The parameters' channel of a channel; not in [0, count) where it passes.
+WARPLOOM_DEVICE std::int64_t slot_of(const CouplingOptions& options, std::int64_t channel) {
+    switch (options.mask) {
+        case CouplingMask::range:
+            return channel - options.first;
+        case CouplingMask::slots:
+            return options.slots[channel];
+        default:
+            return channel;
+    }
+}
+
+template <int kVector>
+WARPLOOM_DEVICE Place place_at(const CouplingOptions& options, std::int64_t channel,
+                               std::int64_t pixel) {
+    Place place{channel, pixel, slot_of(options, channel), pixel, 0};
+    const bool along_channels = options.channels_last;
+    switch (options.mask) {
+        case CouplingMask::range:
+        case CouplingMask::slots: {
+            // Neighbouring channels have neighbouring slots: launchers see to it.
+            const bool moved = place.slot >= 0 && place.slot < options.count;
+            place.moved = moved ? (1u << kVector) - 1 : 0;
+            break;
+        }
+        case CouplingMask::free: {
+            const std::uint8_t* bytes = options.free_mask + channel * options.mask_channel_stride +
+                                        pixel * options.mask_pixel_stride;
+            const std::int64_t stride =
+                along_channels ? options.mask_channel_stride : options.mask_pixel_stride;
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kVector; ++index) {
+                place.moved |= (bytes[index * stride] != 0 ? 1u : 0u) << index;
+            }
+            break;
+        }
+        default: {
+            const Division image = divide(pixel, options.width);
+            std::int64_t row = image.quotient;
+            std::int64_t column = image.remainder;
+            if (options.mask == CouplingMask::checkerboard_packed) {
+                place.slot_pixel = row * (options.width / 2) + column / 2;
+            }
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kVector; ++index) {
+                const bool moved = ((row + column) & 1) == options.first;
+                place.moved |= (moved ? 1u : 0u) << index;
+                if (!along_channels && ++column == options.width) {
+                    column = 0;
+                    ++row;
+                }
+            }
+        }
+    }
+    return place;
+}
+
+// Of the vector that begins at element `element` of a sample.
+template <int kVector>
+WARPLOOM_DEVICE Place place_of(const CouplingOptions& options, std::int64_t element) {
+    if (options.channels_last) {
+        const Division division = divide(element, options.channels);
+        return place_at<kVector>(options, division.remainder, division.quotient);
+    }
+    const Division division = divide(element, options.pixels);
+    return place_at<kVector>(options, division.quotient, division.remainder);
+}
+
+// The address of element (sample, channel, pixel) of a CouplingView or CouplingOutput.
+template <typename T, typename View>
+WARPLOOM_DEVICE auto* address_in(const View& view, std::int64_t sample, std::int64_t channel,
+                                 std::int64_t pixel) {
+    using Data = std::conditional_t<std::is_same_v<View, CouplingView>, const T, T>;
+    return static_cast<Data*>(view.data) + sample * view.batch_stride +
+           channel * view.channel_stride + pixel * view.pixel_stride;
+}
+
+}  // namespace warploom::coupling

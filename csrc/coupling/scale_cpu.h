@@ -1,0 +1,168 @@
+// The scales of couplings on the CPU: log s = L(u), its slope and s, per element, for loops under
+// `#pragma omp simd`. Included by <op>_cpu.cpp only (see common/cpu.h on namespaces).
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "common/cpu_math.h"
+#include "coupling/affine_coupling.h"
+
+namespace warploom::coupling {
+namespace WARPLOOM_CPU_ISA {
+
+using namespace ::warploom::WARPLOOM_CPU_ISA;
+
+inline double logarithm(double x) {
+    return std::log(x);
+}
+// x = 2^n m, m in [sqrt(1/2), sqrt(2)), and log(m) = 2 artanh(h), h = (m - 1) / (m + 1): its power
+// series to h^9 is off by 1e-9. For normal numbers.
+inline double normal_logarithm(double x) {
+    return std::log(x);
+}
+inline float normal_logarithm(float x) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t shifted = bits + (0x3f800000u - 0x3f3504f3u);
+    const float n = static_cast<float>(static_cast<std::int32_t>(shifted >> 23) - 127);
+    const float m = std::bit_cast<float>((shifted & 0x007fffffu) + 0x3f3504f3u);
+    const float h = (m - 1.0f) / (m + 1.0f);
+    const float square = h * h;
+    float sum = 0.2222222222f;
+    sum = fused_multiply_add(sum, square, 0.2857142857f);
+    sum = fused_multiply_add(sum, square, 0.4f);
+    sum = fused_multiply_add(sum, square, 0.6666666667f);
+    const float small = fused_multiply_add(n, 1.42860677e-6f, sum * square * h);
+    return fused_multiply_add(n, 0.693145751953125f, 2.0f * h + small);
+}
+// The same, and for 0 (-inf), inf and NaN.
+inline float logarithm(float x) {
+    const float special = x == 0.0f ? -std::numeric_limits<float>::infinity() : x;
+    return x > 0.0f && x < std::numeric_limits<float>::infinity() ? normal_logarithm(x) : special;
+}
+
+// log(1 + x) for x in [0, 1]: what 1 + x lost in rounding is put back.
+template <typename W>
+inline W logarithm_of_one_plus(W x) {
+    const W sum = W{1} + x;
+    return normal_logarithm(sum) + (x - (sum - W{1})) / sum;
+}
+
+inline double arc_tangent(double x) {
+    return std::atan(x);
+}
+// With a = |x|: beyond tan(3 pi / 8) it is pi / 2 - atan(1 / a), beyond tan(pi / 8) it is
+// pi / 4 + atan((a - 1) / (a + 1)); the polynomial has the least maximal error of its degree on
+// what is left.
+inline float arc_tangent(float x) {
+    const float a = std::fabs(x);
+    const bool beyond = a > 2.41421356f;
+    const bool middle = a > 0.41421356f;
+    const float numerator = beyond ? -1.0f : middle ? a - 1.0f : a;
+    const float denominator = beyond ? a : middle ? a + 1.0f : 1.0f;
+    const float offset = beyond ? 1.57079633f : middle ? 0.785398163f : 0.0f;
+    const float t = numerator / denominator;
+    const float square = t * t;
+    float sum = -0.0608229918f;
+    sum = fused_multiply_add(sum, square, 0.105955684f);
+    sum = fused_multiply_add(sum, square, -0.142437934f);
+    sum = fused_multiply_add(sum, square, 0.199984867f);
+    sum = fused_multiply_add(sum, square, -0.333333155f);
+    return std::copysign(offset + fused_multiply_add(sum * square, t, t), x);
+}
+
+// The options as numbers of the type W that arithmetic happens in.
+template <typename W>
+struct Constants {
+    W clamp;
+    W eps;
+    W inverse_limit;  // 1 / |log(clamp)| of softclip
+    W params_scale;
+    W shift_scale;  // q params_scale
+    W log_sign;
+    bool add_first;
+};
+
+template <typename W>
+struct LogScale {
+    W value;  // L(u), without the learned weight
+    W slope;
+};
+
+struct AdditiveScale {
+    template <typename W>
+    static LogScale<W> log(W, const Constants<W>&) {
+        return {W{0}, W{0}};
+    }
+};
+struct ExpScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>&) {
+        return {u, W{1}};
+    }
+};
+struct TanhScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>& c) {
+        const W tanh = hyperbolic_tangent(u);
+        return {c.clamp * tanh, c.clamp * (W{1} - tanh * tanh)};
+    }
+};
+struct AtanScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>& c) {
+        const W height = c.clamp * static_cast<W>(kAtanSlope);
+        return {height * arc_tangent(u), height / (W{1} + u * u)};
+    }
+};
+struct CenteredSigmoidScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>& c) {
+        const SigmoidPair<W> sigmoid = sigmoid_pair(u);
+        return {c.clamp * (sigmoid.value - sigmoid.complement),
+                W{2} * c.clamp * sigmoid.value * sigmoid.complement};
+    }
+};
+// log(sigmoid(u + 2)), finite wherever u is.
+struct SigmoidScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>&) {
+        const W v = u + W{2};
+        return {(v < 0 ? v : W{0}) - logarithm_of_one_plus(decay(v)), sigmoid_pair(v).complement};
+    }
+};
+struct RaisedSigmoidScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>& c) {
+        const SigmoidPair<W> sigmoid = sigmoid_pair(u + W{2});
+        const W raised = sigmoid.value + c.eps;
+        return {logarithm(raised), sigmoid.value * sigmoid.complement / raised};
+    }
+};
+struct SoftclipScale {
+    template <typename W>
+    static LogScale<W> log(W u, const Constants<W>& c) {
+        const W shrink = W{1} / (W{1} + std::fabs(u) * c.inverse_limit);
+        return {u * shrink, shrink * shrink};
+    }
+};
+
+// s^p: exp(p L), or for a sigmoid itself, without its logarithm.
+template <typename Scale, bool centered, typename W>
+inline W factor_of(W raw_scale, W log_scale, const Constants<W>& c) {
+    if constexpr (std::is_same_v<Scale, AdditiveScale>) {
+        return W{1};
+    } else if constexpr (!centered && (std::is_same_v<Scale, SigmoidScale> ||
+                                       std::is_same_v<Scale, RaisedSigmoidScale>)) {
+        const W value = sigmoid(raw_scale + W{2}) + c.eps;
+        return c.log_sign > 0 ? value : W{1} / value;
+    } else {
+        return exponential(c.log_sign * log_scale);
+    }
+}
+
+}  // namespace WARPLOOM_CPU_ISA
+}  // namespace warploom::coupling
