@@ -230,7 +230,9 @@ def test_any_number_of_spatial_dimensions(backend, shape, mask):
 def test_planes_that_are_cut(backend, mask, memory):
     """More pixels than a part of a sample has, and lines that are not full."""
     if backend in SLOW_BACKENDS:
-        pytest.skip("large")
+        pytest.skip(
+            "parts are the CPU code's; test_affine_coupling_tiles.py has the kernels' tiles"
+        )
     mask = mask.to(DEVICE) if isinstance(mask, torch.Tensor) else mask
     x = normal(2, 16, 131, 141).contiguous(memory_format=memory)
     params = params_for(x, mask).contiguous(memory_format=memory)

@@ -130,17 +130,17 @@ def test_chunks_as_they_are_chosen(dtype):
     """More rows than a chunk has, the last one with fewer; weight with and without its gradient."""
     case = Case(rows=600, classes=2000, features=16, ignored=(0, 256, 599))
     hidden, weight = case.tensors(dtype)
-    assert vocab._chunk_rows(hidden, weight, True) == 64
+    assert vocab._chunk_rows(hidden, weight, True) == 256
     case.check(None, dtype)
     case.check(None, dtype, "none")
 
 
 def test_the_size_of_chunks():
-    """As many logits as numbers of hidden or half of the weight's gradient, 64 rows or all at
+    """As many logits as numbers of hidden or half of the weight's gradient, 256 rows or all at
     the least."""
     sizes = {
-        (50, 64, 1000, False): 50,
-        (2048, 1024, 32000, False): 65,
+        (100, 64, 1000, False): 100,
+        (2048, 1024, 32000, False): 256,
         (2048, 1024, 32000, True): 512,
         (65536, 4096, 128000, False): 2097,
     }

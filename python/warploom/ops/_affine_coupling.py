@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warploom._library import Differentiable, define
 from warploom.ops._check import (
+    check_choice,
     check_device,
     check_floating,
     check_same,
@@ -201,16 +202,11 @@ def _widened(params: Tensor, x: Tensor) -> Tensor:
     return params.float() if narrow and x.dtype == torch.float32 else params
 
 
-def _check_choice(op: str, argument: str, value: object, choices: Any) -> None:
-    if value not in choices:
-        fail(op, argument, "one of " + ", ".join(choices), repr(value))
-
-
 def check_map(op: str, layout: str, scale: str, order: str, clamp: float, eps: float) -> None:
     """What every op of affine maps is told of them."""
-    _check_choice(op, "layout", layout, LAYOUTS)
-    _check_choice(op, "scale", scale, SCALES)
-    _check_choice(op, "order", order, ("mul_add", "add_mul", "div_add"))
+    check_choice(op, "layout", layout, LAYOUTS)
+    check_choice(op, "scale", scale, SCALES)
+    check_choice(op, "order", order, ("mul_add", "add_mul", "div_add"))
     if not eps >= 0:
         fail(op, "eps", "a number >= 0", eps)
     if scale == "softclip" and not 0 < clamp < 1:
@@ -313,7 +309,7 @@ def affine_coupling(
     if x.dim() < 2:
         fail(op, "x", "at least 2 dimensions [B, C, ...]", tuple(x.shape))
     check_map(op, layout, scale, order, clamp, eps)
-    _check_choice(op, "center", center, CENTERS)
+    check_choice(op, "center", center, CENTERS)
     shift, raw_scale = params if isinstance(params, tuple) else (params, None)
     name = "params" if raw_scale is None else "params[0]"
     check_tensor(op, name, shift)

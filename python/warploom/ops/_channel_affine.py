@@ -11,10 +11,9 @@ from torch import Tensor
 from warploom._library import Differentiable, define
 from warploom.ops._autocast import without_autocast
 from warploom.ops._check import (
-    check_device,
     check_floating,
+    check_parameter,
     check_shape,
-    check_tensor,
     fail,
 )
 from warploom.ops._fakes import dense, statistics_dtype
@@ -69,13 +68,8 @@ def _check_input(op: str, x: Tensor) -> None:
 
 
 def _check_per_channel(op: str, name: str, value: Tensor, x: Tensor) -> None:
-    check_tensor(op, name, value)
-    if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {name}: expected dtype {x.dtype} or torch.float32, got {value.dtype}"
-        )
+    check_parameter(op, name, value, x)
     check_shape(op, name, value, (x.shape[1],))
-    check_device(op, name, value, "x", x)
 
 
 def channel_affine(

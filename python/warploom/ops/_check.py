@@ -5,7 +5,7 @@ Every message names the op, the argument, what was expected and what came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ def check_same(op: str, argument: str, value: Tensor, other: str, like: Tensor) 
 def check_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     if value.device != like.device:
         fail(op, argument, f"{other}'s device {like.device}", value.device)
+
+
+def check_choice(op: str, argument: str, value: object, choices: Collection[object]) -> None:
+    if value not in choices:
+        fail(op, argument, "one of " + ", ".join(map(str, choices)), repr(value))
 
 
 def check_parameter(op: str, argument: str, value: Tensor, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from warploom._library import Differentiable, define
 from warploom.ops._check import (
+    check_choice,
     check_device,
     check_dim,
     check_floating,
@@ -73,11 +74,6 @@ _spatial_pyramid_pool = Differentiable(
     ),
     constants=(1,),
 )
-
-
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        fail(_OP, argument, f"one of {', '.join(choices)}", repr(value))
 
 
 def _flat_levels(levels: Sequence[int | tuple[int, int]]) -> list[int]:
@@ -209,11 +205,11 @@ def spatial_pyramid_pool(
     """
     check_floating(_OP, "x", x)
     flat = _flat_levels(levels)
-    _check_choice("mode", mode, ("max", "avg"))
-    _check_choice("flatten", flatten, ("level_major", "channel_major"))
+    check_choice(_OP, "mode", mode, ("max", "avg"))
+    check_choice(_OP, "flatten", flatten, ("level_major", "channel_major"))
     if bin_mode is None:
         bin_mode = "adaptive" if rois is None else "roi"
-    _check_choice("bin_mode", bin_mode, ("adaptive", "caffe", "sppnet", "roi"))
+    check_choice(_OP, "bin_mode", bin_mode, ("adaptive", "caffe", "sppnet", "roi"))
     regions = None
     if rois is not None:
         if bin_mode != "roi":

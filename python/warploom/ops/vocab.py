@@ -42,7 +42,7 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, needs_weight: bool) -> int:
     their own pace."""
     rows, features = hidden.shape
     like_hidden = rows * features // len(weight)
-    return min(rows, max(64, like_hidden, features // 2 if needs_weight else 0))
+    return min(rows, max(256, like_hidden, features // 2 if needs_weight else 0))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
