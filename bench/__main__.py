@@ -1,6 +1,8 @@
 """Runs the benches and writes JSON and PNG.
 
-python -m bench [--family norm ...] [--device cpu|cuda] [--rounds 15] [--output DIR]
+python -m bench [--family norm ...] [--device cpu|cuda] [--rounds 15] [--seconds S] [--output DIR]
+
+--seconds: no row of a family is begun when the family has taken so long.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import datetime
 import importlib
 import json
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -37,7 +40,7 @@ def show(row: Row) -> None:
     )
     print(
         f"{row.op:34s} {row.dtype:9s} {row.shape:28s} {row.seconds * 1e3:9.3f} ms {rate} "
-        f"{row.ratio_to_floor:6.2f} x {row.floor} floor  {peers}",
+        f"{row.ratio_to_floor:6.2f} x {row.floor} floor  host {row.host_seconds * 1e6:5.0f} us  {peers}",
         flush=True,
     )
 
@@ -76,17 +79,23 @@ def main() -> None:
     parser.add_argument("--family", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     output = options.output or Path(__file__).parent / "results" / options.device
     output.mkdir(parents=True, exist_ok=True)
     for family in options.family:
         rows = []
+        began = time.monotonic()
         for case in importlib.import_module(f"bench.{family}.cases").cases(options.device):
+            if time.monotonic() - began > options.seconds:
+                print(f"{family}: stopped after {options.seconds:.0f} s, {len(rows)} rows")
+                break
             try:
                 row = measure(case, options.device, options.rounds)
-            except AssertionError as error:
-                print(f"{case.op} {case.dtype} {case.shape}: wrong, not reported: {error}")
+            except (AssertionError, RuntimeError) as error:
+                kind = "wrong" if isinstance(error, AssertionError) else "failed"
+                print(f"{case.op} {case.dtype} {case.shape}: {kind}, not reported: {error}")
                 continue
             show(row)
             rows.append(row)

@@ -20,6 +20,8 @@ for _backend in BACKENDS:
     _backends.unavailable(_backend, DEVICE)
 #: Interpreted or instrumented: a case costs a hundred times a native one.
 SLOW_BACKENDS = ("triton", "simt", "simt_instrumented")
+#: Backends whose sums may take another order for other strides: Triton compiles for what divides them.
+ORDER_FOLLOWS_STRIDES = ("reference", "triton") if HAS_GPU else ("reference",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -221,7 +221,7 @@ def latent_attention(
         queries, keys = one_q.shape[0], one_rows[:length]
         scores = torch.einsum("qhd,kd->hqk", one_q, keys) * softmax_scale
         if causal:
-            seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+            seen = torch.ones_like(scores, dtype=torch.bool).tril(length - queries)
             scores = scores.masked_fill(~seen, -float("inf"))
         some = ~torch.isneginf(scores).all(-1, keepdim=True)  # no key at all: none
         weights = torch.softmax(scores.masked_fill(~some, 0.0), dim=-1) * some

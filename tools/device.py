@@ -2,7 +2,8 @@
 
     build        build the extension and the host executor in place, for this GPU alone
     conformance  every primitive of the dialect on the GPU against its host twin
-    test         the families' tests on the GPU; records the digest of each kernel that passed
+    test         the families' tests on the GPU, hand-written kernels (test-csrc) and Triton's
+                 (test-triton_kernels); records the digest of each kernel whose family passed
     bench        the benches against their floors and peers
     all          these, one after the other
 
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from verification import digest, kernel_units  # noqa: E402
 
-STAGE_SECONDS = 530
+#: Seconds after which a stage is stopped; WARPLOOM_STAGE_SECONDS where a lease leaves less.
+STAGE_SECONDS = int(os.environ.get("WARPLOOM_STAGE_SECONDS", "530"))
+#: The two kinds of kernel units, by their folders.
+BACKENDS = ("csrc", "triton_kernels")
 FAMILIES = (
     "norm", "rope", "activation", "grouped_linear", "attention", "mla", "lora", "vocab", "coupling", "spp",
 )  # fmt: skip
@@ -91,52 +98,78 @@ def conformance(name: str, stamp: dict[str, str]) -> int:
     return code
 
 
-def test(name: str, stamp: dict[str, str]) -> int:
-    """One run a family, so that one family's failure hides no other's success."""
+def parallel() -> list[str]:
+    """pytest's options for several processes on one GPU, and an end for a kernel that hangs."""
+    options = []
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        options += ["--max-worker-restart", "200"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "120", "--timeout-method", "thread"]
+    return options
+
+
+def failures(log: Path) -> list[dict[str, str]]:
+    """The entries of a log (tests/conftest.py) that failed; prints those for want of a peer's package."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    failed = []
+    for entry in entries:
+        missing = re.search(
+            r"ModuleNotFoundError: No module named '(?!warploom)(\w+)", entry["detail"]
+        )
+        if missing and entry["outcome"] != "passed":
+            print(f"make device: not run, {missing[1]} is missing: {entry['test']}")
+        elif entry["outcome"] not in ("passed", "skipped"):
+            failed.append(entry)
+    return failed
+
+
+def family_of(test: str) -> str:
+    """tests/norm/..., tests/triton/test_triton_norm.py::... -> norm."""
+    match = re.match(r"tests/(?:triton/test_triton_)?(\w+)", test)
+    family = match[1] if match else ""
+    return {"decode": "attention"}.get(family, family)
+
+
+def test(name: str, stamp: dict[str, str], backends: tuple[str, ...] = BACKENDS) -> int:
+    """The families' tests, a run for each kind of kernel: a unit is verified when its family's all pass."""
+    folders = [f"tests/{family}" for family in FAMILIES]
     codes = []
-    for family in FAMILIES:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"tests/{family}",
-        ]
-        codes.append(run(command))
-        if codes[-1] == 0:
+    for backend in backends:
+        log = ROOT / "build" / f"device_{backend}.jsonl"
+        log.parent.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        triton = backend == "triton_kernels"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel()]
+        command += ["--tb=short", "--continue-on-collection-errors", "--no-header"]
+        command += ["-k", "triton" if triton else "not triton", *folders, "tests/test_every_op.py"]
+        codes.append(
+            run([*command, *(["tests/triton"] if triton else [])], WARPLOOM_TEST_LOG=str(log))
+        )
+        failed = sorted({family_of(entry["test"]) for entry in failures(log)})
+        print(f"make device: {backend}: failures in {', '.join(failed) or 'no family'}", flush=True)
+        if codes[-1] in (0, 1):  # pytest ran to its end
             passed = {
                 unit: {"digest": digest(files), **stamp}
                 for unit, files in kernel_units().items()
-                if f"/{family}/" in unit
+                if unit.startswith(f"{backend}/") and unit.split("/")[1] not in failed
             }
             record(name, "verified", passed)
-    codes.append(
-        run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "tests/test_every_op.py",
-            ]
-        )
-    )
     return max(codes)
 
 
 def bench(name: str) -> int:
     output = str(results_file(name).with_suffix(""))
-    return run([sys.executable, "-m", "bench", "--device", "cuda", "--output", output])
+    seconds = str((STAGE_SECONDS - 30) // len(FAMILIES))
+    command = [sys.executable, "-m", "bench", "--device", "cuda", "--output", output]
+    return run([*command, "--rounds", "9", "--seconds", seconds])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    stages = ("build", "conformance", "test", "bench", "all")
-    parser.add_argument("stage", choices=stages, nargs="?", default="all")
+    stages = ("build", "conformance", "test", "bench")
+    parts = tuple(f"test-{backend}" for backend in BACKENDS)
+    parser.add_argument("stage", choices=(*stages, *parts, "all"), nargs="?", default="all")
     stage = parser.parse_args().stage
     name, capability, driver = gpu()
     # Only metadata: importing torch here would start CUDA before the stages do.
@@ -148,13 +181,14 @@ def main() -> None:
         "driver": driver,
         "torch": version("torch"),
     }
-    actions = {
-        "build": lambda: build(name, capability),
-        "conformance": lambda: conformance(name, stamp),
-        "test": lambda: test(name, stamp),
-        "bench": lambda: bench(name),
+    actions: dict[str, Callable[[], int]] = {
+        "build": partial(build, name, capability),
+        "conformance": partial(conformance, name, stamp),
+        "test": partial(test, name, stamp),
+        "bench": partial(bench, name),
+        **{f"test-{each}": partial(test, name, stamp, (each,)) for each in BACKENDS},
     }
-    wanted = actions if stage == "all" else [stage]
+    wanted = stages if stage == "all" else (stage,)
     codes = {each: actions[each]() for each in wanted}
     for each, code in codes.items():
         print(f"make device: {each}: {'passed' if code == 0 else f'failed ({code})'}")

@@ -161,7 +161,7 @@ def cases_of(variant: Variant, weight: Tensor) -> list[Case]:
 
 def cases(device: str) -> list[Case]:
     found = []
-    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float32):
         weight = (torch.randn(FEATURES, FEATURES, device=device) * FEATURES**-0.5).to(dtype)
         for variant in VARIANTS:
             found += cases_of(variant, weight)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -347,28 +347,28 @@ def _module(device: str, dtype: torch.dtype) -> list[Case]:
     ]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str) -> Iterator[Case]:
     torch.manual_seed(0)
     backends = ("cuda", "triton") if device == "cuda" else ("cpu",)
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    found: list[Case] = []
+    if device == "cpu":
+        decodes, prefill, train = [(2, 1, 16, 4096)], (1, 1024, 16), (1, 512, 16)
+    else:
+        decodes = [
+            (128, 1, 128, 4096),
+            (128, 1, 128, 8192),
+            (128, 2, 128, 8192),
+            (128, 1, 64, 8192),
+            (128, 1, 16, 8192),
+        ]
+        prefill, train = (1, 8192, 16), (1, 4096, 16)
     for dtype in dtypes:
         for backend in backends:
-            if device == "cpu":
-                decodes, prefill, train = [(2, 1, 16, 4096)], (1, 1024, 16), (1, 512, 16)
-            else:
-                decodes = [
-                    (128, 1, 128, 4096),
-                    (128, 1, 128, 8192),
-                    (128, 2, 128, 8192),
-                    (128, 1, 64, 8192),
-                    (128, 1, 16, 8192),
-                ]
-                prefill, train = (1, 8192, 16), (1, 4096, 16)
-            for shape in decodes:
-                found += _decode(device, dtype, backend, shape)
-            found += _compressed(device, dtype, backend, decodes[0])
-            found.append(_prefill(device, dtype, backend, prefill))
-            found.append(_training(device, dtype, backend, train))
-        found += _module(device, dtype)
-    return found
+            yield from _decode(device, dtype, backend, decodes[0])
+            yield _prefill(device, dtype, backend, prefill)
+            yield _training(device, dtype, backend, train)
+            yield from _compressed(device, dtype, backend, decodes[0])
+        yield from _module(device, dtype)
+        for shape in decodes[1:]:
+            for backend in backends:
+                yield from _decode(device, dtype, backend, shape)

@@ -114,7 +114,7 @@ def cases(device: str) -> list[Case]:
     found = []
     if device == "cpu":
         found += [lcs_case(length, 50000) for length in (24, 200)]
-    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float32)
     for shape in CPU_SHAPES if device == "cpu" else GPU_SHAPES:
         for dtype in dtypes:
             found += cases_of(shape, dtype, device)

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "common/index.cuh"
 #include "common/reduce.cuh"
@@ -72,13 +71,13 @@ WARPLOOM_DEVICE void store_features(T* row, int first, int columns, bool vectors
     }
 }
 
-// A row of bytes has no alignment.
-template <typename Value>
-WARPLOOM_DEVICE void store_bytes(unsigned char* to, Value value) {
-    using Bits = std::conditional_t<sizeof(Value) == 4, std::uint32_t, std::uint16_t>;
-    const auto bits = device::bit_cast<Bits>(value);
+// The lowest kCount bytes of `bits`; a row of bytes has no alignment. They come from a 32-bit
+// register: of a 16-bit one that a conversion to bfloat16 wrote, ptxas 13.0 converts the number,
+// not the bits.
+template <int kCount>
+WARPLOOM_DEVICE void store_bytes(unsigned char* to, std::uint32_t bits) {
     WARPLOOM_UNROLL
-    for (int byte = 0; byte < static_cast<int>(sizeof(Value)); ++byte) {
+    for (int byte = 0; byte < kCount; ++byte) {
         to[byte] = static_cast<unsigned char>(bits >> 8 * byte);
     }
 }
@@ -127,7 +126,8 @@ WARPLOOM_DEVICE void store_group(const AppendWork& work, unsigned char* row, int
     }
     store_features(row, first, params.d_latent, work.cache_vectors, codes);
     if (device::lane_index() == 0) {
-        store_bytes(row + params.d_latent + first / kScaleGroup * 4, scale);
+        store_bytes<4>(row + params.d_latent + first / kScaleGroup * 4,
+                       device::bit_cast<std::uint32_t>(scale));
     }
 }
 
@@ -186,9 +186,9 @@ WARPLOOM_DEVICE void append_key(const AppendWork& work, const T* key, void* row,
         if (params.cache.format == CacheFormat::dense) {
             static_cast<T*>(row)[params.d_latent + channel] = rounded;
         } else {
-            store_bytes(static_cast<unsigned char*>(row) + params.d_latent +
-                            4 * scale_count(params.d_latent) + 2 * channel,
-                        device::from_float<device::bfloat16>(device::to_float(rounded)));
+            store_bytes<2>(static_cast<unsigned char*>(row) + params.d_latent +
+                               4 * scale_count(params.d_latent) + 2 * channel,
+                           device::pack<device::bfloat16>(device::to_float(rounded), 0.0f));
         }
     };
     if (params.cos == nullptr) {

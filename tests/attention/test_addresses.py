@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import Tensor
 from warploom.ops.attention import attention, attention_decode, attention_varlen
 
 from tests import plain
@@ -39,7 +40,7 @@ def test_attention_and_its_gradients(backend, dim, buffer):
     tensors = [spread(draw(*shape), dim, place, buffer) for place in range(3)]
     check_against_float64(
         functools.partial(attention, causal=True, backend=backend),
-        lambda q, k, v: plain.attention(q, k, v, causal=True)[0],
+        lambda *dense: plain.attention(*map(Tensor.contiguous, dense), causal=True)[0],
         tensors,
     )
 
@@ -50,7 +51,7 @@ def test_packed_sequences(backend, buffer):
     bounds = torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE)
     check_against_float64(
         lambda q, k, v: attention_varlen(q, k, v, bounds, bounds, 2, 2, backend=backend),
-        lambda q, k, v: plain.packed_attention(q, k, v, [1, 2], [1, 2])[0],
+        lambda *dense: plain.packed_attention(*map(Tensor.contiguous, dense), [1, 2], [1, 2])[0],
         tensors,
     )
 

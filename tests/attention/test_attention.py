@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from warploom.ops.attention import attention
 
 from tests import plain
-from tests.backends import DEVICE, DTYPES, every_backend, every_dtype
+from tests.backends import BACKENDS, DEVICE, DTYPES, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
 #: batch, queries, keys, heads, kv_heads, head_dim, value_dim
@@ -216,9 +216,10 @@ def test_bad_input_is_named(change, error, message):
         attention(**{**good, **change})
 
 
-def test_a_backend_that_cannot_serve_lists_its_reasons():
-    q = torch.ones(1, 2, 1, 264)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cuda", "simt")])
+def test_a_backend_that_cannot_serve_lists_its_reasons(backend):
+    q = torch.ones(1, 2, 1, 264, device=DEVICE)
     with pytest.raises(
-        RuntimeError, match="backend 'simt' cannot serve.*head dims up to 256, got 264"
+        RuntimeError, match=f"backend '{backend}' cannot serve.*head dims up to 256, got 264"
     ):
-        attention(q, q, q, backend="simt")
+        attention(q, q, q, backend=backend)

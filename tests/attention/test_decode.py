@@ -11,7 +11,7 @@ from warploom.ops._attention_ops import attention_cache_append_op
 from warploom.ops.attention import attention_decode
 
 from tests.backends import BACKENDS, DEVICE, DTYPES, SLOW_BACKENDS, every_backend, every_dtype
-from tests.numerics import FORWARD, assert_within, errors_near_by
+from tests.numerics import FORWARD, assert_within, error_near_by
 
 NAN = float("nan")
 #: What unused places of a block table hold.
@@ -187,9 +187,9 @@ def check(call, lengths, actual, yardstick=None):
         return plain_decode(*tensors, lengths, **options)
 
     exact, rough = plainly(*(tensor.double() for tensor in tensors)), plainly(*tensors)
-    near_by = errors_near_by(plainly, tensors, exact)
     for index, (got, want, yard) in enumerate(zip(actual, exact, rough)):
-        elsewhere, what = near_by.get(index, 0.0), ("out", "lse")[index]
+        elsewhere = functools.partial(error_near_by, plainly, tensors, exact, index)
+        what = ("out", "lse")[index]
         assert_within(got.cpu(), want, yard, factor=FORWARD, what=what, plain_elsewhere=elsewhere)
 
 

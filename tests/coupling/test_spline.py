@@ -386,7 +386,7 @@ def test_tails_of_each_feature():
 
 
 def test_bound_of_each_feature():
-    bound = torch.tensor([0.5, 1.0, 3.0])
+    bound = torch.tensor([0.5, 1.0, 3.0], device=DEVICE)
     x, params = inputs((6, 3), "linear"), logits((6, 3), 4, "linear")
     y, log_det = rational_quadratic_spline(x, params, num_bins=4, tails="linear", tail_bound=bound)
     for index, limit in enumerate(bound.tolist()):

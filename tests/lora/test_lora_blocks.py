@@ -153,14 +153,14 @@ def test_many_adapters_with_magnitudes():
     """Beside an adapter with a magnitude (DoRA) one without keeps its columns."""
     torch.manual_seed(0)
     weight, a, b, _, a2, b2 = (t.double() for t in parameters((24, 24), (4, 3)))
-    magnitude, x = torch.rand(24).double(), torch.randn(5, WIDTH).double()
-    ids = torch.tensor([0, 1, -1, 0, 1])
+    magnitude, x = torch.rand(24).to(weight), torch.randn(5, WIDTH).to(weight)
+    ids = torch.tensor([0, 1, -1, 0, 1], device=DEVICE)
     adapters = [Adapter(a, b, SCALING, magnitude), Adapter(a2, b2, SCALING)]
     out = multi_lora_linear(x, weight, None, adapters, ids)
     scale = magnitude / (weight + SCALING * b @ a).norm(dim=1)
     exact = torch.stack(
         (plain_linear(x, weight, a, b) * scale, plain_linear(x, weight, a2, b2), x @ weight.T)
-    )[torch.where(ids < 0, 2, ids), torch.arange(5)]
+    )[torch.where(ids < 0, 2, ids), torch.arange(5, device=DEVICE)]
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
 
 

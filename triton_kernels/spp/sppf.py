@@ -31,20 +31,20 @@ _LARGEST_KERNEL_SIZE = 181
 def _places(SLICES: tl.constexpr, C, H, W, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Of a block of a sample's C H W elements in the order of the layout: which exist, rows, columns, offsets
     in slice 0 of a tensor with SLICES of them; and the elements from one pixel to the next, from one slice to
-    the next, and from one sample to the next."""
+    the next, and from one sample to the next. A size of 1 is a constant when compiled: hence tl.cast."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exist = elements < C.to(tl.int64) * H * W
+    exist = elements < tl.cast(C, tl.int64) * H * W
     if CHANNELS_LAST:
         pixels = elements // C
         offsets = pixels * (SLICES * C) + elements % C
-        pitch = SLICES * C.to(tl.int64)
-        slice_stride = C.to(tl.int64)
+        pitch = SLICES * tl.cast(C, tl.int64)
+        slice_stride = tl.cast(C, tl.int64)
     else:
         pixels = elements % (H * W)
         offsets = elements
-        pitch = C.to(tl.int64) * 0 + 1
-        slice_stride = C.to(tl.int64) * H * W
-    sample_stride = SLICES * C.to(tl.int64) * H * W
+        pitch = tl.cast(1, tl.int64)
+        slice_stride = tl.cast(C, tl.int64) * H * W
+    sample_stride = SLICES * tl.cast(C, tl.int64) * H * W
     return exist, pixels // W, pixels % W, offsets, pitch, slice_stride, sample_stride
 
 
@@ -124,7 +124,7 @@ def _sppf_places_kernel(
     stage = tl.program_id(2).to(tl.int64)
     p_given = out_ptr + sample * sample_stride + offsets + stage * slice_stride
     _, b_place = _pool(p_given, exist, rows, columns, pitch, H, W, KERNEL, BLOCK)
-    size = C.to(tl.int64) * H * W
+    size = tl.cast(C, tl.int64) * H * W
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     p_places = places_ptr + (stage * tl.num_programs(1) + sample) * size + elements
     tl.store(p_places, b_place.to(tl.int16), mask=exist)
@@ -255,11 +255,13 @@ def why_not(*args: object) -> list[str]:
 
 def aot_cases() -> list[AheadOfTimeCase]:
     cases = []
-    for layout, channels_last in (("planes", False), ("channels-last", True)):
-        shared: dict[str, Constant | str] = {
-            "C": "i32:16",
-            "H": "i32",
-            "W": "i32",
+    sizes: tuple[tuple[str, bool, dict[str, Constant | str]], ...] = (
+        ("planes", False, {"C": "i32:16", "H": "i32", "W": "i32"}),
+        ("channels-last", True, {"C": "i32:16", "H": "i32", "W": "i32"}),
+        ("planes of 1", False, {"C": Constant(1), "H": Constant(1), "W": Constant(1)}),
+    )
+    for layout, channels_last, size in sizes:
+        shared = size | {
             "KERNEL": Constant(5),
             "CHANNELS_LAST": Constant(channels_last),
             "BLOCK": Constant(_BLOCK),

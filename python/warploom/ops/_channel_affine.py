@@ -194,6 +194,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """weight @ x + bias at each place, in x's dtype: x [B, C, *spatial] -> the same shape."""
     if x.dim() == 2:
         return F.linear(x, weight, bias)
+    if x.is_cuda:  # cuDNN's convolutions of float32 are TF32 unless a global flag forbids it
+        rows = weight @ x.flatten(2)
+        return (rows if bias is None else rows + bias[:, None]).view(x.shape)
     if x.dim() == 4:
         return F.conv2d(x, weight[:, :, None, None], bias)
     out: Tensor = F.conv1d(x.flatten(2), weight[:, :, None], bias)
