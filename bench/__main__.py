@@ -2,7 +2,7 @@
 
 python -m bench [--family norm ...] [--device cpu|cuda] [--rounds 15] [--seconds S] [--output DIR]
 
---seconds: no row of a family is begun when the family has taken so long.
+--seconds: how long all may take; each family has an equal share of what is left, and begins no row after it.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output or Path(__file__).parent / "results" / options.device
     output.mkdir(parents=True, exist_ok=True)
-    for family in options.family:
+    end = time.monotonic() + options.seconds
+    for index, family in enumerate(options.family):
         rows = []
         began = time.monotonic()
+        share = (end - began) / (len(options.family) - index)
         for case in importlib.import_module(f"bench.{family}.cases").cases(options.device):
-            if time.monotonic() - began > options.seconds:
-                print(f"{family}: stopped after {options.seconds:.0f} s, {len(rows)} rows")
+            if time.monotonic() - began > share:
+                print(f"{family}: stopped after {share:.0f} s, {len(rows)} rows", flush=True)
                 break
             try:
                 row = measure(case, options.device, options.rounds)
