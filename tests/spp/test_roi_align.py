@@ -9,11 +9,9 @@ import torch
 from warploom.ops.spp import roi_align
 
 from tests import plain
-from tests.backends import BACKENDS, DEVICE, every_dtype
+from tests.backends import BACKENDS, DEVICE, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
-#: All that have the op.
-every_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 #: Of two images of 9 x 13 pixels: place in the batch, x1, y1, x2, y2. They overlap.
 INSIDE = [[0, 1.25, 0.5, 9.75, 7.0], [1, 2.0, 3.0, 5.5, 6.25], [0, 3.5, 2.0, 11.0, 8.5]]
 BEYOND = [[1, -6.0, -4.5, 4.0, 3.25], [0, 8.0, 5.5, 20.0, 15.0], [0, 40.0, 2.0, 50.0, 8.0]]

@@ -15,10 +15,6 @@ from tests.backends import BACKENDS, DEVICE, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
 INF, NAN = float("inf"), float("nan")
-#: Triton's kernels take whole images only, and say so.
-every_backend_of_regions = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "triton"]
-)
 every_mode = pytest.mark.parametrize("mode", ["max", "avg"])
 every_layout = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels-last"]
@@ -286,7 +282,7 @@ ROIS = torch.tensor(
 )
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 @every_layout
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -301,7 +297,7 @@ def test_regions_of_interest_by_the_rule_of_torchvision(backend, mode, layout, s
     )
 
 
-@every_backend_of_regions
+@every_backend
 def test_regions_without_pixels_give_zero_and_take_no_gradient(backend):
     x = normal(1, 2, 6, 6)
     rois = torch.tensor([[0, -30.0, -30.0, -20.0, -20.0]], device=DEVICE)
@@ -309,7 +305,7 @@ def test_regions_without_pixels_give_zero_and_take_no_gradient(backend):
     assert not out.any() and not grad.any()
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 def test_no_regions(backend, mode):
     x = normal(2, 3, 6, 6)
@@ -319,7 +315,7 @@ def test_no_regions(backend, mode):
     assert out.shape == (0, 3 * 21) and not grad.any()
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 def test_a_list_of_regions_for_each_image(backend, mode):
     x, rois = normal(2, 3, 10, 12), ROIS[ROIS[:, 0].argsort(stable=True)].to(DEVICE)
@@ -330,7 +326,7 @@ def test_a_list_of_regions_for_each_image(backend, mode):
     )
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_overlapping_regions_add_up_the_same_way_every_time(backend, mode, dtype):
@@ -361,7 +357,7 @@ def ragged(layout: torch.memory_format, channels: int = 3) -> tuple[list[Tensor]
     return images, padded.contiguous(memory_format=layout), torch.tensor(SIZES, device=DEVICE)
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 @every_layout
 @pytest.mark.parametrize("bin_mode", ["adaptive", "caffe", "sppnet", "roi"])
@@ -383,7 +379,7 @@ def test_a_padded_batch_gives_what_its_images_give(backend, mode, layout, bin_mo
         assert not around.any()
 
 
-@every_backend_of_regions
+@every_backend
 @every_mode
 def test_packed_images_give_what_padded_ones_give(backend, mode):
     images, padded, sizes = ragged(torch.channels_last, channels=18)
@@ -413,7 +409,7 @@ def test_empty(backend, shape):
     assert out.shape == (shape[0], 21 * shape[1]) and x.grad.shape == shape
 
 
-@every_backend_of_regions
+@every_backend
 def test_images_without_pixels_give_zero(backend):
     out = spatial_pyramid_pool(torch.ones(2, 3, 0, 4, device=DEVICE), backend=backend)
     assert out.shape == (2, 63) and not out.any()
