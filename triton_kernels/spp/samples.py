@@ -1,7 +1,6 @@
 """Where the samples of RoIAlign lie: the tables of a call.
 
-Regions are laid out in float64, so that how many samples a bin has and which of them lie outside does not
-depend on rounding; from a bin's first sample on, places are float32.
+In float64: how many samples a bin has and which of them lie outside does not depend on rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 
 
 class _Axis:
-    """Along one axis: `cells` [K, bins, 2], `steps` [K, bins, 3] and `reach` [K, 2], parts of `Samples`."""
+    """Along one axis: `of_bins` [K, bins, 4] and `reach` [K, 2], parts of those of `Samples`."""
 
     def __init__(
         self,
@@ -42,11 +41,9 @@ class _Axis:
         begin = ((-1.0 - base) / step - 1.5).floor().clamp(min=0.0).where(step > 0.0, 0.0)
         end = ((size - base) / step + 1.5).ceil().minimum(samples).where(step > 0.0, samples)
         place = base + (begin + 0.5) * step
-        cell = place.floor()
         count = (end - begin).clamp(min=0.0)
         share = 1.0 / samples.clamp(min=1.0)
-        self.cells = torch.stack((cell, count), dim=2).long()
-        self.steps = torch.stack(torch.broadcast_tensors(place - cell, step, share), dim=2).float()
+        self.of_bins = torch.stack(torch.broadcast_tensors(place, step, count, share), dim=2)
         ends = torch.cat((start, start + length), dim=1)
         reach = torch.stack((ends.amin(1).floor(), ends.amax(1).floor() + 2.0), dim=1)
         lowest = torch.tensor([0.0, 1.0], dtype=torch.float64, device=first.device)
@@ -56,11 +53,10 @@ class _Axis:
 class Samples:
     """The tables of a call.
 
-    regions [K, 5] int32: image, or -1 where there is none, first row and last row + 1 of the pixels that may
-    have a part in it, and columns likewise. cells [K, bins, 2] int64: the whole part of the place of a bin's
-    first sample that may lie in the plane, and the number of these. steps [K, bins, 3] float32: the other
-    part, the step to the next sample, and a sample's share of the mean. Bins of rows come before those of
-    columns.
+    regions [K, 3] int32: image, or -1 where there is none, first row and last row + 1 of what may have a part
+    in it. of_bins [K, bins, 4] float64: the place of a bin's first sample that may lie in the plane, the
+    step to the next, how many these are, and a sample's share of the mean; the bins of the rows, then those
+    of the columns.
     """
 
     def __init__(
@@ -76,6 +72,5 @@ class Samples:
         rows = _Axis(y1, y2, exists, pooled_height, x.shape[2], *options)
         columns = _Axis(x1, x2, exists, pooled_width, x.shape[3], *options)
         image = image.where(exists, -1.0).int()[:, None]
-        self.regions = torch.cat((image, rows.reach, columns.reach), dim=1)
-        self.cells = torch.cat((rows.cells, columns.cells), dim=1)
-        self.steps = torch.cat((rows.steps, columns.steps), dim=1)
+        self.regions = torch.cat((image, rows.reach), dim=1)
+        self.of_bins = torch.cat((rows.of_bins, columns.of_bins), dim=1)
