@@ -57,10 +57,12 @@ def test_boxes_in_coordinates_of_the_image(backend):
 
 @every_backend
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 7), (33, 3)], ids=lambda shape: "x".join(map(str, shape))
+    "shape", [(1, 1), (1, 7), (33, 3), (18, 8)], ids=lambda shape: "x".join(map(str, shape))
 )
 def test_planes_of_every_shape(backend, shape):
-    check(backend, maps(1, 2, *shape), [[0, -0.5, -0.5, 6.25, 17.5]], (4, 2))
+    # The second one ends in row 16, where a tile begins.
+    rois = [[0, -0.5, -0.5, 6.25, 17.5], [0, 0.0, 0.0, 6.0, 16.25]]
+    check(backend, maps(1, 2, *shape), rois, (4, 2))
 
 
 @every_backend

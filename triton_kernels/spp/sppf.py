@@ -33,18 +33,20 @@ def _places(SLICES: tl.constexpr, C, H, W, CHANNELS_LAST: tl.constexpr, BLOCK: t
     in slice 0 of a tensor with SLICES of them; and the elements from one pixel to the next, from one slice to
     the next, and from one sample to the next."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exist = elements < C.to(tl.int64) * H * W
+    # Sizes of 1 are constants to the compiler, which have no method `to`.
+    wide = tl.cast(C, tl.int64)
+    exist = elements < wide * H * W
     if CHANNELS_LAST:
         pixels = elements // C
         offsets = pixels * (SLICES * C) + elements % C
-        pitch = SLICES * C.to(tl.int64)
-        slice_stride = C.to(tl.int64)
+        pitch = SLICES * wide
+        slice_stride = wide
     else:
         pixels = elements % (H * W)
         offsets = elements
-        pitch = C.to(tl.int64) * 0 + 1
-        slice_stride = C.to(tl.int64) * H * W
-    sample_stride = SLICES * C.to(tl.int64) * H * W
+        pitch = wide * 0 + 1
+        slice_stride = wide * H * W
+    sample_stride = SLICES * wide * H * W
     return exist, pixels // W, pixels % W, offsets, pitch, slice_stride, sample_stride
 
 
@@ -124,7 +126,7 @@ def _sppf_places_kernel(
     stage = tl.program_id(2).to(tl.int64)
     p_given = out_ptr + sample * sample_stride + offsets + stage * slice_stride
     _, b_place = _pool(p_given, exist, rows, columns, pitch, H, W, KERNEL, BLOCK)
-    size = C.to(tl.int64) * H * W
+    size = tl.cast(C, tl.int64) * H * W
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     p_places = places_ptr + (stage * tl.num_programs(1) + sample) * size + elements
     tl.store(p_places, b_place.to(tl.int16), mask=exist)
@@ -274,7 +276,13 @@ def aot_cases() -> list[AheadOfTimeCase]:
                 AheadOfTimeCase(f"bf16 {layout} {stage}", _sppf_kernel, arguments, _NUM_WARPS)
             )
         places = shared | {"out_ptr": "*bf16:16", "places_ptr": "*i16:16"}
-        cases.append(AheadOfTimeCase(f"bf16 {layout}", _sppf_places_kernel, places, _NUM_WARPS))
+        single = dict.fromkeys(("C", "H", "W"), Constant(1))
+        cases += [
+            AheadOfTimeCase(f"bf16 {layout}", _sppf_places_kernel, places, _NUM_WARPS),
+            AheadOfTimeCase(
+                f"bf16 {layout} of 1", _sppf_places_kernel, places | single, _NUM_WARPS
+            ),
+        ]
         for stage, pooled, given in ((3, Constant(None), "*fp32:16"), (1, "*fp32:16", "*bf16:16")):
             arguments = shared | {
                 "grad_out_ptr": "*bf16:16",
