@@ -158,12 +158,13 @@ def _roi_align_backward_kernel(
 ):
     """A program owns pixels of an image's planes: it adds what regions and bins give them in their order.
 
-    Grid: [B, cdiv(channels, BLOCK_C), cdiv(height * width, BLOCK_P)].
+    Grid: [B * cdiv(height * width, BLOCK_P), cdiv(channels, BLOCK_C)], tiles of pixels fastest.
     """
-    i_image = tl.program_id(0)
+    tiles = tl.cdiv(height * width, BLOCK_P)
+    i_image = tl.program_id(0) // tiles
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     is_channel = channel < channels
-    begin = tl.program_id(2) * BLOCK_P
+    begin = tl.program_id(0) % tiles * BLOCK_P
     pixel = begin + tl.arange(0, BLOCK_P)
     is_pixel = pixel < height * width
     row, column = pixel // width, pixel % width
@@ -267,7 +268,7 @@ def roi_align_backward(
         )
     block_p = min(next_power_of_2(height * width), _BLOCK_P)
     block_c = min(next_power_of_2(channels), _BACKWARD_BLOCK_C)
-    _roi_align_backward_kernel[(batch, cdiv(channels, block_c), cdiv(height * width, block_p))](
+    _roi_align_backward_kernel[(batch * cdiv(height * width, block_p), cdiv(channels, block_c))](
         grad_out.contiguous(),
         samples.regions,
         *weights,
