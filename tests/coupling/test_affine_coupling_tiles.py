@@ -16,8 +16,15 @@ SHAPES = {
     "several tiles, vectors": (2, 17, 16, 16),
     "several tiles, no vectors": (2, 15, 17, 17),
 }
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_memory = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+every_share = pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        pytest.param(shape, channels_last, id=f"{name}, {'nhwc' if channels_last else 'nchw'}")
+        for name, shape in SHAPES.items()
+        for channels_last in (False, True)
+        if len(shape) == 4 or not channels_last
+    ],
+)
 
 
 def normal(*shape, channels_last=False):
@@ -28,9 +35,11 @@ def normal(*shape, channels_last=False):
 
 
 @every_backend
-@every_shape
-@every_memory
+@every_share
 def test_every_share_gives_what_the_reference_gives(backend, shape, channels_last):
+    if backend == "triton":
+        # Its tiles round numbers of samples up; interpreted, each sample's gradient of the weight is slow.
+        shape = (min(shape[0], 19), *shape[1:])
     count = shape[1] // 2
     x = normal(*shape, channels_last=channels_last)
     params = normal(shape[0], 2 * count, *shape[2:], channels_last=channels_last)

@@ -68,7 +68,6 @@ class Pyramid:
             height, width = rows, columns
         else:
             image, top, left, rows, columns, height, width = regions.long().unbind(1)
-        self.image = image
         if offsets is None:
             self.pixel_stride = x.stride(3)
             height, width = height.clamp(max=x.shape[2]), width.clamp(max=x.shape[3])
@@ -90,7 +89,6 @@ class Pyramid:
             first, row_stride = starts[image], width * x.stride(0)
             # Their sizes are on the device: programs take further tiles by a stride.
             self.typical_pixels = _PACKED_PIXELS
-        self.pitch = pitch
         self.planes = torch.stack((starts, sizes), dim=1).contiguous()
         self.images = torch.stack((first, row_stride, pitch), dim=1).contiguous()
         down = [_axis_windows(bin_mode, bins, top, rows, height).int() for bins in levels[::2]]
@@ -98,6 +96,8 @@ class Pyramid:
             _axis_windows(bin_mode, bins, left, columns, width).int() for bins in levels[1::2]
         ]
         self.row_cuts, bands = _cuts(down)
+        reach = self.row_cuts[:, [0, -1]] * pitch[:, None]
+        self.regions = torch.cat((torch.stack((image, pitch), dim=1), reach), dim=1)
         self.column_cuts, cells = _cuts(across)
         self.counts = torch.stack((bands, cells), dim=1).int()
         tables, places = [], []

@@ -145,9 +145,8 @@ def _pool_kernel(
 def _pool_backward_kernel(
     grad_out_ptr,  # [R, out_stride]
     argmax_ptr,  # as grad_out, or None
-    regions_ptr,  # [R]: image
+    regions_ptr,  # [R, 4] int64: image, pixels of a row of it, the rows' first pixel, last pixel + 1
     planes_ptr,  # [images, 2] int64: first element, pixels
-    pitches_ptr,  # [R] int64: pixels of a row of the image
     windows_ptr,  # [R, bins, 5]
     bins_ptr,  # [bins, 2]
     grad_x_ptr,  # pixel_stride and channel_stride apart
@@ -180,8 +179,10 @@ def _pool_backward_kernel(
         # [BLOCK_P, BLOCK_C]
         b_sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for i_r in range(begin_region, end_region):
-            if tl.load(regions_ptr + i_r) == i_image:
-                pitch = tl.load(pitches_ptr + i_r)
+            region = regions_ptr + i_r * 4
+            reaches = (tl.load(region + 2) < begin + BLOCK_P) & (tl.load(region + 3) > begin)
+            if (tl.load(region) == i_image) & reaches:
+                pitch = tl.load(region + 1)
                 row, column = pixel // pitch, pixel % pitch
                 for number in range(bins):
                     place = tl.load(bins_ptr + number * 2).to(tl.int64)
@@ -222,7 +223,7 @@ def spatial_pyramid_pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [B, C, H, W], or [N, C] beside offsets -> (out [R, C * bins], argmax as out or empty)."""
     pyramid = Pyramid(x, regions, offsets, levels, bin_mode, channel_major)
-    count, channels = pyramid.image.shape[0], x.shape[1]
+    count, channels = pyramid.regions.shape[0], x.shape[1]
     shape = (count, channels * pyramid.bins)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     pixels = x.shape[0] if offsets is not None else x.shape[2] * x.shape[3]
@@ -287,13 +288,12 @@ def spatial_pyramid_pool_backward(
     _pool_backward_kernel[(pyramid.planes.shape[0], cdiv(channels, block_c), min(tiles, 65535))](
         grad_out.contiguous(),
         argmax,
-        pyramid.image,
+        pyramid.regions,
         pyramid.planes,
-        pyramid.pitch,
         pyramid.windows,
         pyramid.places,
         grad_x,
-        pyramid.image.shape[0],
+        pyramid.regions.shape[0],
         channels,
         pyramid.bins,
         pyramid.pixel_stride,
@@ -311,10 +311,7 @@ def spatial_pyramid_pool_backward(
 
 def why_not(*args: object) -> list[str]:
     """What these kernels cannot do with the arguments of either op of this module."""
-    reasons = why_not_tensors(*args)
-    if args[1] is not None:
-        reasons.append("whole images only: no regions, sizes or offsets")
-    return reasons
+    return why_not_tensors(*args)
 
 
 def aot_cases() -> list[AheadOfTimeCase]:
@@ -347,7 +344,6 @@ def aot_cases() -> list[AheadOfTimeCase]:
             "grad_out_ptr": "*bf16:16",
             "regions_ptr": "*i64:16",
             "planes_ptr": "*i64:16",
-            "pitches_ptr": "*i64:16",
             "grad_x_ptr": "*bf16:16",
             "regions": "i32",
             "LISTED": Constant(True),

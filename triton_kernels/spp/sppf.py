@@ -31,20 +31,22 @@ _LARGEST_KERNEL_SIZE = 181
 def _places(SLICES: tl.constexpr, C, H, W, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Of a block of a sample's C H W elements in the order of the layout: which exist, rows, columns, offsets
     in slice 0 of a tensor with SLICES of them; and the elements from one pixel to the next, from one slice to
-    the next, and from one sample to the next. A size of 1 is a constant when compiled: hence tl.cast."""
+    the next, and from one sample to the next."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exist = elements < tl.cast(C, tl.int64) * H * W
+    # Sizes of 1 are constants to the compiler, which have no method `to`.
+    wide = tl.cast(C, tl.int64)
+    exist = elements < wide * H * W
     if CHANNELS_LAST:
         pixels = elements // C
         offsets = pixels * (SLICES * C) + elements % C
-        pitch = SLICES * tl.cast(C, tl.int64)
-        slice_stride = tl.cast(C, tl.int64)
+        pitch = SLICES * wide
+        slice_stride = wide
     else:
         pixels = elements % (H * W)
         offsets = elements
         pitch = tl.cast(1, tl.int64)
-        slice_stride = tl.cast(C, tl.int64) * H * W
-    sample_stride = SLICES * tl.cast(C, tl.int64) * H * W
+        slice_stride = wide * H * W
+    sample_stride = SLICES * wide * H * W
     return exist, pixels // W, pixels % W, offsets, pitch, slice_stride, sample_stride
 
 

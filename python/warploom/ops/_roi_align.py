@@ -42,6 +42,7 @@ _roi_align_op = define(
     fake=lambda x, rois, height, width, *rest: x.new_empty(
         (rois.shape[0], x.shape[1], height, width)
     ),
+    triton="spp.roi_align:roi_align",
     why_not=_RULES,
     sharding=("b C h w, k n -> k C p q",),
 )
@@ -50,6 +51,7 @@ _roi_align_backward_op = define(
     f"(Tensor grad_out, Tensor x, Tensor rois, {_OPTIONS}) -> Tensor",
     reference=reference.roi_align_backward,
     fake=lambda grad_out, x, *rest: dense(x),
+    triton="spp.roi_align:roi_align_backward",
     why_not=_RULES,
     sharding=("k C p q, b C h w, k n -> b C h w",),
 )
