@@ -1,6 +1,7 @@
 // RoIAlign: a bin of a region is the mean of bilinear samples of a plane. A region is laid out in
 // float64, so that the number of its samples and which of them lie outside do not depend on
-// rounding; from a bin's first pixel on, positions are float32.
+// rounding; from a bin's first pixel on, a step is the sum of two float32, so that a sample's place
+// between two pixels is as exact far from that pixel as beside it.
 //
 //   forward:  a thread has one bin of one channel
 //   backward: a block owns pixels of some channels and walks the regions in their order, without
@@ -38,7 +39,8 @@ struct BinSamples {
     std::int64_t cell;
     float fraction;
     float step;
-    int begin;  // samples from here up to `end` may lie in the plane
+    float step_rest;  // step + step_rest is the step
+    int begin;        // samples from here up to `end` may lie in the plane
     int end;
 };
 
@@ -65,7 +67,7 @@ struct RoiAxis {
     // Of samples that lie between `low` and `high`, and perhaps some beside them.
     WARPLOOM_DEVICE BinSamples samples_of(int index, double low, double high) const {
         if (!(samples >= 1.0)) {
-            return {0, 0.0f, 0.0f, 0, 0};
+            return {};
         }
         const double base = start + index * bin;
         const double step = bin / samples;
@@ -76,13 +78,18 @@ struct RoiAxis {
             end = fmin(end, ceil((high - base) / step + 1.5));
         }
         if (!(begin < end)) {
-            return {0, 0.0f, 0.0f, 0, 0};
+            return {};
         }
         // Counted from the first: what is left is as small as the plane.
         const double moved = base + begin * step;
         const double cell = floor(moved);
-        return {static_cast<std::int64_t>(cell), static_cast<float>(moved - cell),
-                static_cast<float>(step), 0, static_cast<int>(end - begin)};
+        const float rounded = static_cast<float>(step);
+        return {static_cast<std::int64_t>(cell),
+                static_cast<float>(moved - cell),
+                rounded,
+                static_cast<float>(step - rounded),
+                0,
+                static_cast<int>(end - begin)};
     }
 };
 
@@ -95,10 +102,15 @@ struct Sample {
 };
 
 WARPLOOM_DEVICE Sample sample_at(const BinSamples& samples, int index, int size) {
-    const float moved = samples.fraction + (static_cast<float>(index) + 0.5f) * samples.step;
+    const float steps = static_cast<float>(index) + 0.5f;
+    const float moved = steps * samples.step;
+    const float rest = fmaf(steps, samples.step, -moved) + steps * samples.step_rest;
     const float whole = floorf(moved);
-    const float part = moved - whole;
-    const std::int64_t pixel = samples.cell + static_cast<std::int64_t>(whole);
+    const float beyond = (moved - whole) + (samples.fraction + rest);
+    const float carried = floorf(beyond);
+    const float part = beyond - carried;
+    const std::int64_t pixel =
+        samples.cell + static_cast<std::int64_t>(whole) + static_cast<std::int64_t>(carried);
     if (pixel < -1 || pixel > size || (pixel == size && part > 0.0f)) {
         return {0, 0, 0.0f, 0.0f};
     }
