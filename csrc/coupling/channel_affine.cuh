@@ -241,11 +241,12 @@ channel_rows_backward_kernel(WARPLOOM_GRID_CONSTANT ChannelAffineBackwardParams 
     const int columns =
         columns_left < Traits::kThreads ? static_cast<int>(columns_left) : Traits::kThreads;
     const int rows = Traits::kThreads / columns;
+    const int own_row = thread / columns;
     const std::int64_t channel = (first_column + thread % columns) * kVector;
     const std::int64_t begin = blockIdx.y * parts.group;
     std::int64_t end =
         begin + parts.group < params.shape.outer ? begin + parts.group : params.shape.outer;
-    if (thread / columns >= rows) {
+    if (own_row >= rows) {
         end = begin;  // a thread without a row
     }
     const T* grad_z = static_cast<const T*>(params.grad_z) + channel;
@@ -257,8 +258,7 @@ channel_rows_backward_kernel(WARPLOOM_GRID_CONSTANT ChannelAffineBackwardParams 
     float products[kVector] = {};
     float grads[kVector] = {};
     WARPLOOM_NO_UNROLL
-    for (std::int64_t first = begin + thread / columns; first < end;
-         first += Traits::kItems * rows) {
+    for (std::int64_t first = begin + own_row; first < end; first += Traits::kItems * rows) {
         typename Traits::Vector upstream[Traits::kItems];
         typename Traits::Vector values[Traits::kItems];
         WARPLOOM_UNROLL
@@ -284,17 +284,22 @@ channel_rows_backward_kernel(WARPLOOM_GRID_CONSTANT ChannelAffineBackwardParams 
         plan.grads[index][thread] = grads[index];
     }
     device::sync_threads();
-    if (thread < columns) {
+    WARPLOOM_NO_UNROLL
+    for (int half = Traits::kThreads / 2; half > 0; half /= 2) {
+        if (own_row < half && own_row + half < rows) {
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kVector; ++index) {
+                plan.products[index][thread] += plan.products[index][thread + half * columns];
+                plan.grads[index][thread] += plan.grads[index][thread + half * columns];
+            }
+        }
+        device::sync_threads();
+    }
+    if (own_row == 0) {
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
-            float product = 0.0f;
-            float grad = 0.0f;
-            WARPLOOM_NO_UNROLL
-            for (int other = thread; other < rows * columns; other += columns) {
-                product += plan.products[index][other];
-                grad += plan.grads[index][other];
-            }
-            store_shares(params, blockIdx.y, channel + index, factors.scale[index], product, grad);
+            store_shares(params, blockIdx.y, channel + index, factors.scale[index],
+                         plan.products[index][thread], plan.grads[index][thread]);
         }
     }
 }

@@ -37,18 +37,18 @@ _FIRST_WIDE = 2**31
 
 @triton.jit
 def _places(tile, i_c, R, C, P, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """samples and pixels [BLOCK_R, 1], channels [1, BLOCK_C], and the mask of what exists."""
-    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    channels = i_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    """samples and pixels [1, BLOCK_R], channels [BLOCK_C, 1], and the mask of what exists."""
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    channels = i_c * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     if WIDE:
-        rows = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        rows = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         channels = channels.to(tl.int64)
     return rows // P, rows % P, channels, (rows < R) & (channels < C)
 
 
 @triton.jit
 def _factors(scale_ptr, shift_ptr, channels, C, ADD_FIRST: tl.constexpr, INVERSE: tl.constexpr):
-    """scale, before and after [1, BLOCK_C]; 1, 0, 0 past the last channel."""
+    """scale, before and after [BLOCK_C, 1]; 1, 0, 0 past the last channel."""
     scale = cast(tl.load(scale_ptr + channels, mask=channels < C, other=1.0), tl.float32)
     shift = cast(tl.load(shift_ptr + channels, mask=channels < C, other=0.0), tl.float32)
     signed = -shift if INVERSE else shift
@@ -72,7 +72,7 @@ def _channel_affine_kernel(
         tl.program_id(0) // blocks, tl.program_id(0) % blocks, R, C, P, WIDE, BLOCK_R, BLOCK_C
     )
     b_scale, b_before, b_after = _factors(scale_ptr, shift_ptr, channels, C, ADD_FIRST, INVERSE)
-    # [BLOCK_R, BLOCK_C] from here on
+    # [BLOCK_C, BLOCK_R] from here on
     p_x = x_ptr + samples * x_b + pixels * x_p + channels * x_c
     b_x = cast(tl.load(p_x, mask=exists, other=0.0), tl.float32) + b_before
     b_z = (b_x / b_scale if INVERSE else b_x * b_scale) + b_after
@@ -100,13 +100,13 @@ def _channel_affine_backward_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     i_c = tl.program_id(0) % blocks
     i_p = tl.program_id(0) // blocks
-    b_products = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    b_grads = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    own = i_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    b_products = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+    b_grads = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+    own = i_c * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     b_scale, b_before, _after = _factors(scale_ptr, shift_ptr, own, C, ADD_FIRST, INVERSE)
     for tile in range(i_p, tl.cdiv(R, BLOCK_R), parts):
         samples, pixels, channels, exists = _places(tile, i_c, R, C, P, WIDE, BLOCK_R, BLOCK_C)
-        # [BLOCK_R, BLOCK_C]
+        # [BLOCK_C, BLOCK_R]
         p_grad = grad_ptr + samples * grad_b + pixels * grad_p + channels * grad_c
         b_grad = cast(tl.load(p_grad, mask=exists, other=0.0), tl.float32)
         p_x = x_ptr + samples * x_b + pixels * x_p + channels * x_c
@@ -116,9 +116,9 @@ def _channel_affine_backward_kernel(
         b_grad_x = b_grad / b_scale if INVERSE else b_grad * b_scale
         p_grad_x = grad_x_ptr + samples * grad_x_b + pixels * grad_x_p + channels * grad_x_c
         tl.store(p_grad_x, cast(b_grad_x, grad_x_ptr.dtype.element_ty), mask=exists)
-    # [1, BLOCK_C]
-    b_product = tl.sum(b_products, axis=0, keep_dims=True)
-    b_grad = tl.sum(b_grads, axis=0, keep_dims=True)
+    # [BLOCK_C, 1]
+    b_product = tl.sum(b_products, axis=1, keep_dims=True)
+    b_grad = tl.sum(b_grads, axis=1, keep_dims=True)
     if INVERSE:
         b_product = -(b_product / b_scale / b_scale)
         b_grad = -b_grad
