@@ -17,7 +17,7 @@ namespace {
 
 using namespace ::warploom::WARPLOOM_CPU_ISA;
 
-constexpr std::int64_t kLine = 512;
+constexpr std::int64_t kLine = 1024;
 // Elements that are worth waking a thread for.
 constexpr std::int64_t kGrain = 16384;
 
@@ -149,33 +149,7 @@ void forward_rows(const ChannelAffineParams& params) {
         });
 }
 
-// Of each place of a line: the sums of g (x + before) and of g.
-template <typename W>
-struct alignas(64) Sums {
-    W products[kLine];
-    W grads[kLine];
-};
-
-template <typename W>
-void clear(Sums<W>& sums, std::int64_t count) {
-    std::fill_n(sums.products, count, W{0});
-    std::fill_n(sums.grads, count, W{0});
-}
-
-template <typename W>
-struct Gradients {
-    W x;
-    W product;
-    W grad;
-};
-
-template <bool inverse, typename W>
-inline Gradients<W> gradients_of(W grad, W value, W product, W sum, W scale, W before) {
-    return {scaled<inverse>(grad, scale), fused_multiply_add(grad, value + before, product),
-            sum + grad};
-}
-
-// Part `part`'s sums: partials[0 or 1, part, channel].
+// Part `part`'s sums of g (x + before) and of g: partials[0 or 1, part, channel].
 template <typename T>
 struct PartialSums {
     Wide<T>* products;
@@ -186,21 +160,53 @@ struct PartialSums {
           grads(products + params.parts.count * params.shape.channels) {}
 };
 
+struct Totals {
+    double product = 0;
+    double grad = 0;
+};
+
+// grad_x of neighbours in a channel, whose terms of the sums stay in registers.
+template <typename T, bool inverse>
+void backward_line(std::int64_t count, const T* grad_z, const T* x, Wide<T> scale, Wide<T> before,
+                   T* grad_x, Totals& totals) {
+    using W = Wide<T>;
+    W product = 0;
+    W grad = 0;
+    std::int64_t first = 0;
+    if constexpr (kInPairs<T>) {
+        first = count / 2 * 2;
+#pragma omp simd reduction(+ : product, grad)
+        for (std::int64_t i = 0; i < first; i += 2) {
+            const Pair<W> upstream = widen_pair(grad_z + i);
+            const Pair<W> value = widen_pair(x + i);
+            product += upstream.even * (value.even + before) + upstream.odd * (value.odd + before);
+            grad += upstream.even + upstream.odd;
+            store<T>(grad_x + i, scaled<inverse>(upstream.even, scale),
+                     scaled<inverse>(upstream.odd, scale));
+        }
+    }
+#pragma omp simd reduction(+ : product, grad)
+    for (std::int64_t i = first; i < count; ++i) {
+        const W upstream = widen(grad_z[i]);
+        product += upstream * (widen(x[i]) + before);
+        grad += upstream;
+        store<T>(grad_x + i, scaled<inverse>(upstream, scale));
+    }
+    totals.product += product;
+    totals.grad += grad;
+}
+
 template <typename T, bool inverse>
 void backward_lines(const ChannelAffineBackwardParams& params) {
-    using W = Wide<T>;
     const auto [outer, channels, inner] = params.shape;
     const ChannelParts& parts = params.parts;
-    const std::int64_t elements = parts.group * parts.length;
     const auto run = [&, inner = inner, outer = outer](std::int64_t part, std::int64_t channel) {
         const auto [scale, before, after] = channel_of<T>(params.map, params.dtype, channel);
         const std::int64_t first = part % parts.ranges * parts.length;
         const std::int64_t length = std::min(parts.length, inner - first);
         const std::int64_t begin = part / parts.ranges * parts.group;
         const std::int64_t end = std::min(outer, begin + parts.group);
-        Sums<W> sums;
-        const std::int64_t places = std::min(length, kLine);
-        clear(sums, places);
+        Totals totals;
         for (std::int64_t sample = begin; sample < end; ++sample) {
             const std::int64_t at = channel * inner + first;
             const T* grad_z =
@@ -208,36 +214,85 @@ void backward_lines(const ChannelAffineBackwardParams& params) {
             const T* x = static_cast<const T*>(params.x) + sample * params.x_stride + at;
             T* grad_x = static_cast<T*>(params.grad_x) + sample * channels * inner + at;
             for (std::int64_t start = 0; start < length; start += kLine) {
-                for_each_element<T>(
-                    std::min(kLine, length - start),
-                    [scale = scale, before = before](W grad, W value, W product, W sum) {
-                        return gradients_of<inverse>(grad, value, product, sum, scale, before);
-                    },
-                    [to = grad_x + start, &sums](std::int64_t i, auto... gradients) {
-                        store<T>(to + i, gradients.x...);
-                        store<W>(sums.products + i, gradients.product...);
-                        store<W>(sums.grads + i, gradients.grad...);
-                    },
-                    grad_z + start, x + start, sums.products, sums.grads);
+                backward_line<T, inverse>(std::min(kLine, length - start), grad_z + start,
+                                          x + start, scale, before, grad_x + start, totals);
             }
         }
-        W product = 0;
-        W grad = 0;
-#pragma omp simd reduction(+ : product, grad)
-        for (std::int64_t i = 0; i < places; ++i) {
-            product += sums.products[i];
-            grad += sums.grads[i];
-        }
         const PartialSums<T> partial(params, part);
-        partial.products[channel] = product;
-        partial.grads[channel] = grad;
+        partial.products[channel] = static_cast<Wide<T>>(totals.product);
+        partial.grads[channel] = static_cast<Wide<T>>(totals.grad);
     };
-    parallel_for(parts.count * channels, grain_of(elements),
+    parallel_for(parts.count * channels, grain_of(parts.group * parts.length),
                  [&, channels = channels](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t item = begin; item < end; ++item) {
                          run(item / channels, item % channels);
                      }
                  });
+}
+
+// Of each place of a line of channels: its sums.
+template <typename W>
+struct alignas(64) LineSums {
+    W products[kLine];
+    W grads[kLine];
+};
+
+template <typename W>
+struct Gradients {
+    W x[4];
+    W product;
+    W grad;
+};
+
+// grad_x of `kLines` lines, grad_z_step, x_step and grad_x_step apart. Four at once load and store
+// the sums once.
+template <typename T, bool inverse, int kLines>
+void add_lines(std::int64_t count, const T* grad_z, std::int64_t grad_z_step, const T* x,
+               std::int64_t x_step, T* grad_x, std::int64_t grad_x_step,
+               const Columns<Wide<T>>& columns, LineSums<Wide<T>>& sums) {
+    using W = Wide<T>;
+    W* products = sums.products;
+    W* grads = sums.grads;
+    if constexpr (kLines == 1) {
+        for_each_element<T>(
+            count,
+            [](W grad, W value, W product, W sum, W scale, W before) {
+                return Gradients<W>{{scaled<inverse>(grad, scale)},
+                                    fused_multiply_add(grad, value + before, product),
+                                    sum + grad};
+            },
+            [=](std::int64_t i, auto... gradients) {
+                store<T>(grad_x + i, gradients.x[0]...);
+                store<W>(products + i, gradients.product...);
+                store<W>(grads + i, gradients.grad...);
+            },
+            grad_z, x, products, grads, columns.scale, columns.before);
+    } else {
+        for_each_element<T>(
+            count,
+            [](W g0, W g1, W g2, W g3, W x0, W x1, W x2, W x3, W product, W sum, W scale,
+               W before) {
+                product = fused_multiply_add(g0, x0 + before, product);
+                product = fused_multiply_add(g1, x1 + before, product);
+                product = fused_multiply_add(g2, x2 + before, product);
+                product = fused_multiply_add(g3, x3 + before, product);
+                return Gradients<W>{{scaled<inverse>(g0, scale), scaled<inverse>(g1, scale),
+                                     scaled<inverse>(g2, scale), scaled<inverse>(g3, scale)},
+                                    product,
+                                    sum + (g0 + g1) + (g2 + g3)};
+            },
+            [=](std::int64_t i, auto... gradients) {
+                store<T>(grad_x + i, gradients.x[0]...);
+                store<T>(grad_x + grad_x_step + i, gradients.x[1]...);
+                store<T>(grad_x + 2 * grad_x_step + i, gradients.x[2]...);
+                store<T>(grad_x + 3 * grad_x_step + i, gradients.x[3]...);
+                store<W>(products + i, gradients.product...);
+                store<W>(grads + i, gradients.grad...);
+            },
+            grad_z, grad_z + grad_z_step, grad_z + 2 * grad_z_step, grad_z + 3 * grad_z_step, x,
+            x + x_step, x + 2 * x_step, x + 3 * x_step, products, grads, columns.scale,
+            columns.before);
+    }
 }
 
 template <typename T, bool inverse>
@@ -249,36 +304,34 @@ void backward_rows(const ChannelAffineBackwardParams& params) {
     const auto run = [&](std::int64_t part, std::int64_t first, Columns<W>& columns) {
         const RowTile tile = row_tile(params.shape, first, dense);
         fill_columns<T>(params.map, params.dtype, first, tile, columns);
+        LineSums<W> sums{};
+        const auto add = [&]<int kLines>(std::int64_t row, std::int64_t rows) {
+            add_lines<T, inverse, kLines>(
+                rows * tile.width,
+                static_cast<const T*>(params.grad_z) + row * params.grad_z_stride + first,
+                tile.rows * params.grad_z_stride,
+                static_cast<const T*>(params.x) + row * params.x_stride + first,
+                tile.rows * params.x_stride,
+                static_cast<T*>(params.grad_x) + row * channels + first, tile.rows * channels,
+                columns, sums);
+        };
         const std::int64_t last = std::min(params.shape.outer, (part + 1) * parts.group);
-        Sums<W> sums;
-        clear(sums, tile.rows * tile.width);
-        for (std::int64_t row = part * parts.group; row < last; row += tile.rows) {
-            const T* grad_z = static_cast<const T*>(params.grad_z) + row * params.grad_z_stride;
-            const T* x = static_cast<const T*>(params.x) + row * params.x_stride;
-            T* grad_x = static_cast<T*>(params.grad_x) + row * channels + first;
-            for_each_element<T>(
-                std::min(tile.rows, last - row) * tile.width,
-                [](W grad, W value, W product, W sum, W scale, W before) {
-                    return gradients_of<inverse>(grad, value, product, sum, scale, before);
-                },
-                [grad_x, &sums](std::int64_t i, auto... gradients) {
-                    store<T>(grad_x + i, gradients.x...);
-                    store<W>(sums.products + i, gradients.product...);
-                    store<W>(sums.grads + i, gradients.grad...);
-                },
-                grad_z + first, x + first, sums.products, sums.grads, columns.scale,
-                columns.before);
+        std::int64_t row = part * parts.group;
+        for (; row + 4 * tile.rows <= last; row += 4 * tile.rows) {
+            add.template operator()<4>(row, tile.rows);
+        }
+        for (; row < last; row += tile.rows) {
+            add.template operator()<1>(row, std::min(tile.rows, last - row));
         }
         const PartialSums<T> partial(params, part);
         for (std::int64_t i = 0; i < tile.width; ++i) {
-            W product = 0;
-            W grad = 0;
-            for (std::int64_t row = 0; row < tile.rows; ++row) {
-                product += sums.products[row * tile.width + i];
-                grad += sums.grads[row * tile.width + i];
+            Totals totals;
+            for (std::int64_t place = i; place < tile.rows * tile.width; place += tile.width) {
+                totals.product += sums.products[place];
+                totals.grad += sums.grads[place];
             }
-            partial.products[first + i] = product;
-            partial.grads[first + i] = grad;
+            partial.products[first + i] = static_cast<W>(totals.product);
+            partial.grads[first + i] = static_cast<W>(totals.grad);
         }
     };
     parallel_for(parts.count, 1, [&](std::int64_t begin, std::int64_t end) {
