@@ -34,6 +34,7 @@ struct Line {
     std::int64_t count;           // of elements in all runs
     const std::int32_t* indices;  // null, or element i of a run of x is at x + indices[index + i]
     bool masked;                  // passing elements are in it, too: `moved` tells
+    bool joined_params;           // the runs have their parameters one behind the other
     std::uint8_t moved[kLine];
     bool along_channels;  // a run has one pixel and many channels, else the reverse
     std::int64_t x_step;
@@ -158,6 +159,17 @@ void add_pixel(const CouplingOptions& options, ParamsStrides params, ParamsStrid
     maker.add({x + first, at * params.pixel, at * grads.pixel, options.count, 0, 0, pixel - begin});
 }
 
+struct AlternatingBytes {
+    std::uint8_t bytes[kLine + 1] = {};  // 0, 1, 0, 1, ...
+
+    constexpr AlternatingBytes() {
+        for (std::int64_t i = 0; i <= kLine; ++i) {
+            bytes[i] = static_cast<std::uint8_t>(i & 1);
+        }
+    }
+};
+inline constexpr AlternatingBytes kAlternating;
+
 // Which elements of a masked line are transformed; its part begins at pixel `begin`.
 inline void mark_moved(const CouplingOptions& options, std::int64_t begin, Line& line) {
     std::uint8_t* moved = line.moved;
@@ -170,16 +182,14 @@ inline void mark_moved(const CouplingOptions& options, std::int64_t begin, Line&
                                  first * options.mask_pixel_stride,
                              run.length);
         } else {
-            for (std::int64_t i = 0; i < run.length;) {
-                const std::int64_t row = (first + i) / options.width;
-                const std::int64_t column = (first + i) % options.width;
-                const std::int64_t end = std::min(run.length, i + options.width - column);
-                const std::int64_t parity = row + column + options.first + 1 - i;
-#pragma omp simd
-                for (std::int64_t j = i; j < end; ++j) {
-                    moved[j] = static_cast<std::uint8_t>((j + parity) & 1);
-                }
-                i = end;
+            std::int64_t row = first / options.width;
+            std::int64_t column = first % options.width;
+            for (std::int64_t i = 0; i < run.length; ++row) {
+                const std::int64_t count = std::min(run.length - i, options.width - column);
+                const std::int64_t start = (row + column + options.first + 1) & 1;
+                __builtin_memcpy(moved + i, kAlternating.bytes + start, count);
+                i += count;
+                column = 0;
             }
         }
         moved += run.length;
@@ -192,10 +202,10 @@ void for_each_line(const CouplingOptions& options, const CouplingParts& parts, P
                    ParamsStrides grads, std::int64_t part, Line& line, const Body& body) {
     line.along_channels = options.channels_last;
     line.masked = is_masked(options);
-    line.indices = options.channels_last ? options.slot_channels : nullptr;
-    const bool every_other =
+    line.joined_params =
         options.mask == CouplingMask::checkerboard_packed && !options.channels_last;
-    line.x_step = every_other ? 2 : 1;
+    line.indices = options.channels_last ? options.slot_channels : nullptr;
+    line.x_step = line.joined_params ? 2 : 1;
     line.params_step = options.channels_last ? params.channel : 1;
     line.grads_step = options.channels_last ? grads.channel : 1;
     const std::int64_t range = parts.channel_parts ? part % parts.ranges : part;
@@ -254,9 +264,14 @@ inline void write_run(const W* from, std::int64_t step, std::int64_t length, T* 
             to[i] = narrow<T>(from[i]);
         }
     } else {
-        for (std::int64_t i = 0; i < length; ++i) {
+        // What lies between is written, too, as it is: then whole vectors are.
+#pragma omp simd
+        for (std::int64_t i = 0; i < length - 1; ++i) {
+            const T between = to[2 * i + 1];
             to[2 * i] = narrow<T>(from[i]);
+            to[2 * i + 1] = between;
         }
+        to[2 * (length - 1)] = narrow<T>(from[length - 1]);
     }
 }
 
@@ -292,9 +307,13 @@ inline const W* read_line(const T* sample, const Line& line, W* buffer) {
 template <typename T, typename W>
 inline const W* read_params(const T* sample, const Line& line, W* buffer) {
     if constexpr (std::is_same_v<T, W>) {
-        if (line.run_count == 1 && line.params_step == 1) {
+        if ((line.run_count == 1 || line.joined_params) && line.params_step == 1) {
             return sample + line.runs[0].params;
         }
+    }
+    if (line.joined_params) {
+        read_run(sample + line.runs[0].params, 1, line.count, buffer);
+        return buffer;
     }
     W* to = buffer;
     for (std::int64_t r = 0; r < line.run_count; ++r) {
@@ -320,6 +339,10 @@ inline void write_line(const W* from, const Line& line, T* sample) {
 
 template <typename T, typename W>
 inline void write_params(const W* from, const Line& line, T* sample) {
+    if (line.joined_params) {
+        write_run(from, 1, line.count, sample + line.runs[0].grads);
+        return;
+    }
     for (std::int64_t r = 0; r < line.run_count; ++r) {
         const Run& run = line.runs[r];
         write_run(from, line.grads_step, run.length, sample + run.grads);
