@@ -12,13 +12,18 @@ namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
+// What a line is beside elements with parameters of their own: means are taken off its logarithms,
+// or some of it pass.
+enum class LineKind { plain, centred, masked };
+
 template <typename W>
 struct ForwardLine {
     const W* x;
     const W* shift;
     const W* raw_scale;
-    const W* weight;  // of tanh
-    const W* mean;    // where centred
+    const W* weight;            // of tanh
+    const W* mean;              // where centred
+    const std::uint8_t* moved;  // where masked
     W* z;
 };
 
@@ -30,7 +35,8 @@ struct BackwardLine {
     const W* raw_scale;
     const W* weight;
     const W* mean;
-    const W* grad_mean;  // of grad_log, where centred
+    const W* grad_mean;         // of grad_log, where centred
+    const std::uint8_t* moved;  // where masked
     W* grad_x;
     W* grad_shift;
     W* grad_raw_scale;
@@ -51,20 +57,23 @@ inline LogScale<W> weighted_log(W u, const W* weight, std::int64_t i, const Cons
 // z of a line; returns the sum of L. Here and below, a copy of the constants tells the compiler
 // that what is written does not change them, and a loop is vectorised only with every call in line
 // and without a branch.
-template <typename Scale, bool centred, bool add_first, typename W>
+template <typename Scale, LineKind kind, bool add_first, typename W>
 [[gnu::flatten]] W forward_line(std::int64_t count, const ForwardLine<W>& line,
                                 const Constants<W>& constants) {
-    const auto [x, shift, raw_scale, weight, mean, z] = line;
+    const auto [x, shift, raw_scale, weight, mean, moved, z] = line;
     const Constants<W> c = constants;
+    constexpr bool centred = kind == LineKind::centred;
     W sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t i = 0; i < count; ++i) {
         const W u = c.params_scale * raw_scale[i];
         const W t = c.shift_scale * shift[i];
         const W log_scale = weighted_log<Scale>(u, weight, i, c).value;
-        sum += log_scale;
+        const bool moves = kind != LineKind::masked || moved[i] != 0;
+        sum += moves ? log_scale : W{0};
         const W factor = factor_of<Scale, centred>(u, centred ? log_scale - mean[i] : log_scale, c);
-        z[i] = add_first ? factor * (x[i] + t) : fused_multiply_add(factor, x[i], t);
+        const W value = add_first ? factor * (x[i] + t) : fused_multiply_add(factor, x[i], t);
+        z[i] = moves ? value : x[i];
     }
     return sum;
 }
@@ -105,12 +114,14 @@ template <typename Scale, bool add_first, bool from_output, typename W>
     }
 }
 
-template <typename Scale, bool centred, bool add_first, bool from_output, typename W>
+template <typename Scale, LineKind kind, bool add_first, bool from_output, typename W>
 [[gnu::flatten]] void backward_line(std::int64_t count, const BackwardLine<W>& values,
                                     const Constants<W>& constants) {
     const W *grad_z = values.grad_z, *source = values.source, *shift = values.shift;
     const W *raw_scale = values.raw_scale, *weight = values.weight;
     const W *mean = values.mean, *grad_mean = values.grad_mean;
+    const std::uint8_t* moved = values.moved;
+    constexpr bool centred = kind == LineKind::centred;
     W *grad_x = values.grad_x, *grad_shift = values.grad_shift;
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const W grad_log_det = values.grad_log_det;
@@ -124,12 +135,13 @@ template <typename Scale, bool centred, bool add_first, bool from_output, typena
         W grad = grad_log<add_first, from_output>(upstream, source[i], c.shift_scale * shift[i],
                                                   factor, c.log_sign);
         grad += centred ? -grad_mean[i] : c.log_sign * grad_log_det;
+        const bool moves = kind != LineKind::masked || moved[i] != 0;
         const W grad_in = upstream * factor;
-        grad_x[i] = grad_in;
-        grad_shift[i] = c.shift_scale * (add_first ? grad_in : upstream);
-        grad_raw_scale[i] = c.params_scale * grad * log.slope;
+        grad_x[i] = moves ? grad_in : upstream;
+        grad_shift[i] = moves ? c.shift_scale * (add_first ? grad_in : upstream) : W{0};
+        grad_raw_scale[i] = moves ? c.params_scale * grad * log.slope : W{0};
         if constexpr (std::is_same_v<Scale, TanhScale>) {
-            grad_weight[i] = grad * Scale::log(u, c).value;
+            grad_weight[i] = moves ? grad * Scale::log(u, c).value : W{0};
         }
     }
 }
@@ -144,45 +156,54 @@ struct Functions {
 };
 
 template <typename Scale, bool add_first, bool from_output, typename W>
-Functions<W> functions_of(bool centred) {
-    return {centred ? forward_line<Scale, true, add_first, W>
-                    : forward_line<Scale, false, add_first, W>,
-            centred ? backward_line<Scale, true, add_first, from_output, W>
-                    : backward_line<Scale, false, add_first, from_output, W>,
-            log_line<Scale, W>, grad_log_line<Scale, add_first, from_output, W>};
+Functions<W> functions_of(LineKind kind) {
+    const auto of_kind = []<LineKind known>() -> Functions<W> {
+        return {forward_line<Scale, known, add_first, W>,
+                backward_line<Scale, known, add_first, from_output, W>, log_line<Scale, W>,
+                grad_log_line<Scale, add_first, from_output, W>};
+    };
+    switch (kind) {
+        case LineKind::centred:
+            return of_kind.template operator()<LineKind::centred>();
+        case LineKind::masked:
+            return of_kind.template operator()<LineKind::masked>();
+        default:
+            return of_kind.template operator()<LineKind::plain>();
+    }
 }
 
 template <typename Scale, typename W>
-Functions<W> functions_of(bool centred, bool add_first, bool from_output) {
+Functions<W> functions_of(LineKind kind, bool add_first, bool from_output) {
     if (from_output) {
-        return add_first ? functions_of<Scale, true, true, W>(centred)
-                         : functions_of<Scale, false, true, W>(centred);
+        return add_first ? functions_of<Scale, true, true, W>(kind)
+                         : functions_of<Scale, false, true, W>(kind);
     }
-    return add_first ? functions_of<Scale, true, false, W>(centred)
-                     : functions_of<Scale, false, false, W>(centred);
+    return add_first ? functions_of<Scale, true, false, W>(kind)
+                     : functions_of<Scale, false, false, W>(kind);
 }
 
 template <typename W>
 Functions<W> functions_of(const CouplingOptions& options, bool from_output) {
-    const bool centred = options.center != CouplingCenter::none;
+    const LineKind kind = options.center != CouplingCenter::none ? LineKind::centred
+                          : is_masked(options)                   ? LineKind::masked
+                                                                 : LineKind::plain;
     switch (options.scale) {
         case CouplingScale::exp:
-            return functions_of<ExpScale, W>(centred, options.add_first, from_output);
+            return functions_of<ExpScale, W>(kind, options.add_first, from_output);
         case CouplingScale::tanh:
-            return functions_of<TanhScale, W>(centred, options.add_first, from_output);
+            return functions_of<TanhScale, W>(kind, options.add_first, from_output);
         case CouplingScale::atan:
-            return functions_of<AtanScale, W>(centred, options.add_first, from_output);
+            return functions_of<AtanScale, W>(kind, options.add_first, from_output);
         case CouplingScale::centered_sigmoid:
-            return functions_of<CenteredSigmoidScale, W>(centred, options.add_first, from_output);
+            return functions_of<CenteredSigmoidScale, W>(kind, options.add_first, from_output);
         case CouplingScale::sigmoid:
             return options.eps == 0
-                       ? functions_of<SigmoidScale, W>(centred, options.add_first, from_output)
-                       : functions_of<RaisedSigmoidScale, W>(centred, options.add_first,
-                                                             from_output);
+                       ? functions_of<SigmoidScale, W>(kind, options.add_first, from_output)
+                       : functions_of<RaisedSigmoidScale, W>(kind, options.add_first, from_output);
         case CouplingScale::softclip:
-            return functions_of<SoftclipScale, W>(centred, options.add_first, from_output);
+            return functions_of<SoftclipScale, W>(kind, options.add_first, from_output);
         default:
-            return functions_of<AdditiveScale, W>(centred, options.add_first, from_output);
+            return functions_of<AdditiveScale, W>(kind, options.add_first, from_output);
     }
 }
 
@@ -210,7 +231,6 @@ struct alignas(64) Scratch {
     W terms[kLine];
     W pixel_mean[kCouplingCentredPixels];
     W pixel_grad_mean[kCouplingCentredPixels];
-    std::int32_t indices[kLine];
     Line line;
 };
 
@@ -255,17 +275,12 @@ void copy_passing(const CouplingOptions& options, const CouplingParts& parts, st
     }
 }
 
-// Gradients of parameters at the places of a part, some of which pass.
+// Gradients of parameters at the pixels of a part, some of which pass; channels are innermost.
 template <typename T>
 void clear_params(const CouplingOptions& options, const CouplingParts& parts, ParamsStrides strides,
                   std::int64_t part, T* to) {
-    const std::int64_t begin = (parts.channel_parts ? part % parts.ranges : part) * parts.pixels;
+    const std::int64_t begin = part * parts.pixels;
     const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
-    if (!options.channels_last) {
-        T* channel = to + part / parts.ranges * strides.channel;
-        copy_range<T>(nullptr, channel, begin, end);
-        return;
-    }
     for (std::int64_t pixel = begin; pixel < end; ++pixel) {
         T* elements = to + pixel * strides.pixel;
         for (std::int64_t c = 0; c < options.count; ++c) {
@@ -320,7 +335,7 @@ class Reader {
 
     template <typename Body>
     void for_lines(std::int64_t part, Scratch<W>& scratch, const Body& body) const {
-        for_each_line(options, parts, params_, grads_, part, scratch.line, scratch.indices, body);
+        for_each_line(options, parts, params_, grads_, part, scratch.line, body);
     }
 
     const W* shift(std::int64_t sample, Scratch<W>& scratch) const {
@@ -421,7 +436,7 @@ void forward(const AffineCouplingParams& params) {
     const auto run = [&](std::int64_t sample, std::int64_t part, W mean, Scratch<W>& scratch) {
         const T* x = sample_of<T>(params.x, sample);
         T* z = sample_of<T>(params.z, sample);
-        if (!in_place) {
+        if (!in_place && !is_masked(options)) {
             copy_passing(options, reader.parts, part, x, z);
         }
         double sum = 0;
@@ -430,7 +445,8 @@ void forward(const AffineCouplingParams& params) {
                 line.count,
                 {read_line(x, line, scratch.x), reader.shift(sample, scratch),
                  reader.raw_scale(sample, scratch), reader.weight(scratch),
-                 reader.mean(scratch, scratch.pixel_mean, mean, scratch.mean), scratch.out[0]},
+                 reader.mean(scratch, scratch.pixel_mean, mean, scratch.mean), line.moved,
+                 scratch.out[0]},
                 reader.constants);
             write_line(scratch.out[0], line, z);
         });
@@ -546,6 +562,7 @@ class Backward {
         values.mean = reader_.mean(scratch, scratch.pixel_mean, mean, scratch.mean);
         values.grad_mean =
             reader_.mean(scratch, scratch.pixel_grad_mean, grad_mean, scratch.grad_mean);
+        values.moved = line.moved;
         values.grad_x = scratch.out[0];
         values.grad_shift = scratch.out[1];
         values.grad_raw_scale = scratch.out[2];
@@ -569,7 +586,9 @@ class Backward {
         T* grad_x = sample_of<T>(params_.grad_x, sample);
         T* grad_shift = sample_of<T>(params_.grad_shift, sample);
         T* grad_raw_scale = sample_of<T>(params_.grad_raw_scale, sample);
-        copy_passing(options_, parts, part, sample_of<T>(params_.grad_z, sample), grad_x);
+        if (!is_masked(options_)) {
+            copy_passing(options_, parts, part, sample_of<T>(params_.grad_z, sample), grad_x);
+        }
         if (has_unused_params(options_)) {
             clear_params(options_, parts, grads_, part, grad_shift);
             if (grad_raw_scale != nullptr) {

@@ -33,8 +33,10 @@ struct Line {
     std::int64_t run_count;
     std::int64_t count;           // of elements in all runs
     const std::int32_t* indices;  // null, or element i of a run of x is at x + indices[index + i]
-    bool indexed_params;          // elements of the parameters then are too, times params_step
-    bool along_channels;          // a run has one pixel and many channels, else the reverse
+    bool masked;                  // passing elements are in it, too: `moved` tells
+    bool joined_params;           // the runs have their parameters one behind the other
+    std::uint8_t moved[kLine];
+    bool along_channels;  // a run has one pixel and many channels, else the reverse
     std::int64_t x_step;
     std::int64_t params_step;
     std::int64_t grads_step;
@@ -45,9 +47,15 @@ inline bool is_checkerboard(const CouplingOptions& options) {
            options.mask == CouplingMask::checkerboard_packed;
 }
 
-// Whether parameters stand at all places, also at those that pass.
+// Whether lines hold what passes, too, so that they are whole pieces of memory.
+inline bool is_masked(const CouplingOptions& options) {
+    return options.mask == CouplingMask::free ||
+           (options.mask == CouplingMask::checkerboard && !options.channels_last);
+}
+
+// Whether parameters stand at places that are in no line.
 inline bool has_unused_params(const CouplingOptions& options) {
-    return options.mask == CouplingMask::checkerboard || options.mask == CouplingMask::free;
+    return options.mask == CouplingMask::checkerboard && options.channels_last;
 }
 
 // The slot of a channel, -1 where it passes; for the masks over channels.
@@ -93,29 +101,6 @@ class LineMaker {
         }
     }
 
-    // Those of the elements x + i, i < length, at which `mask` is not 0; `indices` [kLine] is the
-    // line's.
-    void add_masked(Run run, const std::uint8_t* mask, std::int32_t* indices) {
-        for (std::int64_t first = 0; first < run.length;) {
-            const std::int64_t end = std::min(run.length, first + kLine - line_.count);
-            std::int64_t found = line_.count;
-            for (std::int64_t i = first; i < end; ++i) {
-                indices[found] = static_cast<std::int32_t>(i);
-                found += mask[i] != 0;
-            }
-            Run& piece = line_.runs[line_.run_count++];
-            piece = run;
-            piece.index = line_.count;
-            piece.length = found - line_.count;
-            line_.count = found;
-            first = end;
-            // A rest that is too short for a vector, or for one more run, is left.
-            if (line_.count > kLine - 64 || line_.run_count == kLine) {
-                flush();
-            }
-        }
-    }
-
     void flush() {
         if (line_.count > 0) {
             body_(line_);
@@ -136,35 +121,28 @@ class LineMaker {
 // The lines of pixels [begin, end) of channel `channel`, lines along pixels.
 template <typename Maker>
 void add_channel(const CouplingOptions& options, ParamsStrides params, ParamsStrides grads,
-                 std::int64_t channel, std::int64_t begin, std::int64_t end, Maker& maker,
-                 std::int32_t* indices) {
+                 std::int64_t channel, std::int64_t begin, std::int64_t end, Maker& maker) {
     const std::int64_t x = channel * options.pixels;
-    if (is_checkerboard(options)) {
-        const bool packed = options.mask == CouplingMask::checkerboard_packed;
+    if (options.mask == CouplingMask::checkerboard_packed) {
         const std::int64_t width = options.width;
         for (std::int64_t pixel = begin; pixel < end; pixel += width) {
             const std::int64_t start = (pixel / width + options.first) & 1;
-            const std::int64_t at = packed ? pixel / 2 : pixel + start;
-            maker.add({x + pixel + start, channel * params.channel + at,
-                       channel * grads.channel + at, (width - start + 1) / 2, 0, channel,
-                       pixel - begin});
+            maker.add({x + pixel + start, channel * params.channel + pixel / 2,
+                       channel * grads.channel + pixel / 2, width / 2, 0, channel, pixel - begin});
         }
-    } else if (options.mask == CouplingMask::free) {
-        const std::uint8_t* mask =
-            options.free_mask + channel * options.mask_channel_stride + begin;
-        maker.add_masked({x + begin, channel * params.channel + begin,
-                          channel * grads.channel + begin, end - begin, 0, channel, 0},
-                         mask, indices);
-    } else if (const std::int64_t slot = slot_of(options, channel); slot >= 0) {
+        return;
+    }
+    const std::int64_t slot = is_masked(options) ? channel : slot_of(options, channel);
+    if (slot >= 0) {
         maker.add({x + begin, slot * params.channel + begin, slot * grads.channel + begin,
                    end - begin, 0, slot, 0});
     }
 }
 
-// The runs of one pixel, lines along channels.
+// The run of one pixel, lines along channels.
 template <typename Maker>
 void add_pixel(const CouplingOptions& options, ParamsStrides params, ParamsStrides grads,
-               std::int64_t pixel, std::int64_t begin, Maker& maker, std::int32_t* indices) {
+               std::int64_t pixel, std::int64_t begin, Maker& maker) {
     const std::int64_t x = pixel * options.channels;
     std::int64_t at = pixel;
     if (is_checkerboard(options)) {
@@ -178,37 +156,71 @@ void add_pixel(const CouplingOptions& options, ParamsStrides params, ParamsStrid
         }
     }
     const std::int64_t first = options.mask == CouplingMask::range ? options.first : 0;
-    const Run run{x + first, at * params.pixel, at * grads.pixel, options.count, 0,
-                  0,         pixel - begin};
-    if (options.mask == CouplingMask::free) {
-        maker.add_masked(run, options.free_mask + pixel * options.mask_pixel_stride, indices);
-    } else {
-        maker.add(run);
+    maker.add({x + first, at * params.pixel, at * grads.pixel, options.count, 0, 0, pixel - begin});
+}
+
+struct AlternatingBytes {
+    std::uint8_t bytes[kLine + 1] = {};  // 0, 1, 0, 1, ...
+
+    constexpr AlternatingBytes() {
+        for (std::int64_t i = 0; i <= kLine; ++i) {
+            bytes[i] = static_cast<std::uint8_t>(i & 1);
+        }
+    }
+};
+inline constexpr AlternatingBytes kAlternating;
+
+// Which elements of a masked line are transformed; its part begins at pixel `begin`.
+inline void mark_moved(const CouplingOptions& options, std::int64_t begin, Line& line) {
+    std::uint8_t* moved = line.moved;
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        const std::int64_t first = begin + run.pixel;
+        if (options.mask == CouplingMask::free) {
+            __builtin_memcpy(moved,
+                             options.free_mask + run.slot * options.mask_channel_stride +
+                                 first * options.mask_pixel_stride,
+                             run.length);
+        } else {
+            std::int64_t row = first / options.width;
+            std::int64_t column = first % options.width;
+            for (std::int64_t i = 0; i < run.length; ++row) {
+                const std::int64_t count = std::min(run.length - i, options.width - column);
+                const std::int64_t start = (row + column + options.first + 1) & 1;
+                __builtin_memcpy(moved + i, kAlternating.bytes + start, count);
+                i += count;
+                column = 0;
+            }
+        }
+        moved += run.length;
     }
 }
 
 // Calls body(line) for lines that hold the transformed elements of part `part` of a sample.
 template <typename Body>
 void for_each_line(const CouplingOptions& options, const CouplingParts& parts, ParamsStrides params,
-                   ParamsStrides grads, std::int64_t part, Line& line, std::int32_t* indices,
-                   const Body& body) {
-    const bool free = options.mask == CouplingMask::free;
+                   ParamsStrides grads, std::int64_t part, Line& line, const Body& body) {
     line.along_channels = options.channels_last;
-    line.indexed_params = free;
-    line.indices = free ? indices : options.channels_last ? options.slot_channels : nullptr;
-    const bool every_other = is_checkerboard(options) && !options.channels_last;
-    const bool packed = options.mask == CouplingMask::checkerboard_packed;
-    line.x_step = every_other ? 2 : 1;
-    const std::int64_t step = every_other && !packed ? 2 : 1;
-    line.params_step = options.channels_last ? params.channel : step;
-    line.grads_step = options.channels_last ? grads.channel : step;
-    LineMaker<Body> maker(line, body);
+    line.masked = is_masked(options);
+    line.joined_params =
+        options.mask == CouplingMask::checkerboard_packed && !options.channels_last;
+    line.indices = options.channels_last ? options.slot_channels : nullptr;
+    line.x_step = line.joined_params ? 2 : 1;
+    line.params_step = options.channels_last ? params.channel : 1;
+    line.grads_step = options.channels_last ? grads.channel : 1;
     const std::int64_t range = parts.channel_parts ? part % parts.ranges : part;
     const std::int64_t begin = range * parts.pixels;
     const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
+    const auto marked_body = [&](Line& full) {
+        if (full.masked) {
+            mark_moved(options, begin, full);
+        }
+        body(full);
+    };
+    LineMaker<decltype(marked_body)> maker(line, marked_body);
     if (options.channels_last) {
         for (std::int64_t pixel = begin; pixel < end; ++pixel) {
-            add_pixel(options, params, grads, pixel, begin, maker, indices);
+            add_pixel(options, params, grads, pixel, begin, maker);
         }
         maker.flush();
         return;
@@ -216,7 +228,7 @@ void for_each_line(const CouplingOptions& options, const CouplingParts& parts, P
     const std::int64_t channel = parts.channel_parts ? part / parts.ranges : 0;
     const std::int64_t last = parts.channel_parts ? channel + 1 : options.channels;
     for (std::int64_t c = channel; c < last; ++c) {
-        add_channel(options, params, grads, c, begin, end, maker, indices);
+        add_channel(options, params, grads, c, begin, end, maker);
         maker.flush();  // a line has one channel
     }
 }
@@ -252,9 +264,14 @@ inline void write_run(const W* from, std::int64_t step, std::int64_t length, T* 
             to[i] = narrow<T>(from[i]);
         }
     } else {
-        for (std::int64_t i = 0; i < length; ++i) {
+        // What lies between is written, too, as it is: then whole vectors are.
+#pragma omp simd
+        for (std::int64_t i = 0; i < length - 1; ++i) {
+            const T between = to[2 * i + 1];
             to[2 * i] = narrow<T>(from[i]);
+            to[2 * i + 1] = between;
         }
+        to[2 * (length - 1)] = narrow<T>(from[length - 1]);
     }
 }
 
@@ -290,19 +307,18 @@ inline const W* read_line(const T* sample, const Line& line, W* buffer) {
 template <typename T, typename W>
 inline const W* read_params(const T* sample, const Line& line, W* buffer) {
     if constexpr (std::is_same_v<T, W>) {
-        if (line.run_count == 1 && line.params_step == 1 && !line.indexed_params) {
+        if ((line.run_count == 1 || line.joined_params) && line.params_step == 1) {
             return sample + line.runs[0].params;
         }
+    }
+    if (line.joined_params) {
+        read_run(sample + line.runs[0].params, 1, line.count, buffer);
+        return buffer;
     }
     W* to = buffer;
     for (std::int64_t r = 0; r < line.run_count; ++r) {
         const Run& run = line.runs[r];
-        if (line.indexed_params) {
-            read_indexed(sample + run.params, line.indices + run.index, line.params_step,
-                         run.length, to);
-        } else {
-            read_run(sample + run.params, line.params_step, run.length, to);
-        }
+        read_run(sample + run.params, line.params_step, run.length, to);
         to += run.length;
     }
     return buffer;
@@ -323,14 +339,13 @@ inline void write_line(const W* from, const Line& line, T* sample) {
 
 template <typename T, typename W>
 inline void write_params(const W* from, const Line& line, T* sample) {
+    if (line.joined_params) {
+        write_run(from, 1, line.count, sample + line.runs[0].grads);
+        return;
+    }
     for (std::int64_t r = 0; r < line.run_count; ++r) {
         const Run& run = line.runs[r];
-        if (line.indexed_params) {
-            write_indexed(from, line.indices + run.index, line.grads_step, run.length,
-                          sample + run.grads);
-        } else {
-            write_run(from, line.grads_step, run.length, sample + run.grads);
-        }
+        write_run(from, line.grads_step, run.length, sample + run.grads);
         from += run.length;
     }
 }
@@ -351,8 +366,6 @@ inline void read_slots(const W* per_slot, const Line& line, W* to) {
         const W* from = per_slot + run.slot;
         if (!line.along_channels) {
             fill_run(from[0], run.length, to);
-        } else if (line.indexed_params) {
-            read_indexed(from, line.indices + run.index, 1, run.length, to);
         } else {
             read_run(from, 1, run.length, to);
         }
@@ -375,7 +388,7 @@ inline void add_to_slots(const W* from, const Line& line, W* per_slot) {
             to[0] += sum;
         } else {
             for (std::int64_t i = 0; i < run.length; ++i) {
-                to[line.indexed_params ? line.indices[run.index + i] : i] += from[i];
+                to[i] += from[i];
             }
         }
         from += run.length;

@@ -19,7 +19,7 @@ from warploom.ops._check import (
     check_tensor,
     fail,
 )
-from warploom.ops._fakes import statistics_dtype
+from warploom.ops._fakes import dense_like_lines, statistics_dtype
 from warploom.reference import coupling as reference
 
 SCALES = ("additive", "exp", "tanh", "atan", "centered_sigmoid", "sigmoid", "softclip")
@@ -70,18 +70,6 @@ _FORWARD = (
 )
 
 
-def _channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel are neighbours in memory; outputs then lie so too."""
-    return x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) != 1
-
-
-def _dense(shape: torch.Size, like: Tensor) -> Tensor:
-    """Contiguous of that shape and the dtype of `like`, or dense with channels last where `like` is so."""
-    if _channels_last(like):
-        return like.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return like.new_empty(shape)
-
-
 def _log_det(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
 
@@ -91,9 +79,9 @@ def _backward_fake(
     raw_scale: Tensor | None, places: Tensor | None, scale_weight: Tensor | None, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
-        _dense(source.shape, source),
-        _dense(params.shape, source),
-        source.new_empty(0) if raw_scale is None else _dense(raw_scale.shape, source),
+        dense_like_lines(source.shape, source),
+        dense_like_lines(params.shape, source),
+        source.new_empty(0) if raw_scale is None else dense_like_lines(raw_scale.shape, source),
         source.new_empty(
             0 if scale_weight is None else (len(source), len(scale_weight)),
             dtype=statistics_dtype(source),
@@ -105,7 +93,7 @@ _affine_coupling_op = define(
     "affine_coupling",
     f"({_FORWARD}) -> (Tensor z, Tensor log_det)",
     reference=reference.affine_coupling,
-    fake=lambda x, *rest: (_dense(x.shape, x), _log_det(x)),
+    fake=lambda x, *rest: (dense_like_lines(x.shape, x), _log_det(x)),
     triton="coupling.affine_coupling:affine_coupling",
 )
 _affine_coupling_out_op = define(

@@ -16,8 +16,8 @@ from warploom.ops._check import (
     check_shape,
     fail,
 )
-from warploom.ops._fakes import dense, statistics_dtype
-from warploom.reference import _channel_affine as reference
+from warploom.ops._fakes import dense_like_lines, statistics_dtype
+from warploom.reference import coupling as reference
 
 ORDERS = ("mul_add", "add_mul")
 #: Of x, for tables, sequences, images and volumes.
@@ -27,8 +27,8 @@ _channel_affine_op = define(
     "channel_affine",
     "(Tensor x, Tensor scale, Tensor shift, str order, bool inverse) -> Tensor",
     reference=reference.channel_affine,
-    fake=lambda x, scale, shift, order, inverse: dense(x),
-    composed=lambda backend, *arguments: reference.channel_affine(*arguments),
+    fake=lambda x, scale, shift, order, inverse: dense_like_lines(x.shape, x),
+    triton="coupling.channel_affine:channel_affine",
     sharding=tuple(f"{x}, C, C -> {x}" for x in _LAYOUTS),
 )
 _channel_affine_backward_op = define(
@@ -37,11 +37,11 @@ _channel_affine_backward_op = define(
     " -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)",
     reference=reference.channel_affine_backward,
     fake=lambda grad_z, x, scale, shift, order, inverse: (
-        dense(x),
+        dense_like_lines(x.shape, x),
         torch.empty_like(scale),
         torch.empty_like(shift),
     ),
-    composed=lambda backend, *arguments: reference.channel_affine_backward(*arguments),
+    triton="coupling.channel_affine:channel_affine_backward",
     sharding=tuple(f"{x}, {x}, C, C -> {x}, C, C" for x in _LAYOUTS),
 )
 
@@ -94,7 +94,8 @@ def channel_affine(
         backend: one of `warploom.BACKENDS`; None chooses.
 
     Returns:
-        z, of x's shape and dtype, contiguous; float32 arithmetic (float64 for float64), one rounding.
+        z, of x's shape and dtype, contiguous (channels-last where x is so); float32 arithmetic (float64 for
+        float64), one rounding.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
@@ -106,7 +107,7 @@ def channel_affine(
     if order not in ORDERS:
         fail("channel_affine", "order", " or ".join(map(repr, ORDERS)), repr(order))
     if scale.dtype != shift.dtype:
-        scale, shift = scale.float(), shift.float()
+        scale, shift = (value.to(statistics_dtype(x)) for value in (scale, shift))
     out: Tensor = _channel_affine(x, scale, shift, order, bool(inverse), backend=backend)
     return out
 

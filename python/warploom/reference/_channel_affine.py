@@ -6,36 +6,37 @@ import torch
 from torch import Tensor
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that arithmetic happens in: float64 stays, everything else is float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def in_layout_of(values: Tensor, x: Tensor) -> Tensor:
+    """In the memory layout of x: channels last where x is so, else contiguous."""
+    if x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) != 1:
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
+    return values.contiguous()
 
 
-def _along_channels(value: Tensor, x: Tensor) -> Tensor:
-    """[C] -> [C, 1, ...], which broadcasts against x [B, C, *spatial]."""
-    return value.to(_wide_dtype(x)).reshape(-1, *(1,) * (x.dim() - 2))
+def _wide(value: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of arithmetic on x; parameters [C] as [C, 1, ...], which broadcasts against x."""
+    wide = value.to(torch.promote_types(x.dtype, torch.float32))
+    return wide if value.dim() > 1 else wide.reshape(-1, *(1,) * (x.dim() - 2))
 
 
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, order: str, inverse: bool) -> Tensor:
     """x * scale + shift ("mul_add") or (x + shift) * scale ("add_mul"), or the inverse of either.
 
-    x [B, C, *spatial], scale and shift [C] -> z of x's shape and dtype, contiguous.
+    x [B, C, *spatial], scale and shift [C] -> z of x's shape, dtype and layout.
     """
-    wide = x.to(_wide_dtype(x))
-    s, t = _along_channels(scale, x), _along_channels(shift, x)
+    wide, s, t = (_wide(value, x) for value in (x, scale, shift))
     if order == "mul_add":
         z = (wide - t) / s if inverse else wide * s + t
     else:
         z = wide / s - t if inverse else (wide + t) * s
-    return z.to(x.dtype).contiguous()
+    return in_layout_of(z.to(x.dtype), x)
 
 
 def channel_affine_backward(
     grad_z: Tensor, x: Tensor, scale: Tensor, shift: Tensor, order: str, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `channel_affine` with respect to x, scale and shift."""
-    wide, upstream = x.to(_wide_dtype(x)), grad_z.to(_wide_dtype(x))
-    s, t = _along_channels(scale, x), _along_channels(shift, x)
+    upstream, wide, s, t = (_wide(value, x) for value in (grad_z, x, scale, shift))
     if order == "mul_add":
         grad_x = upstream / s if inverse else upstream * s
         grad_scale = -grad_x * ((wide - t) / s) if inverse else upstream * wide
@@ -46,7 +47,7 @@ def channel_affine_backward(
         grad_shift = -upstream if inverse else grad_x
     others = [dim for dim in range(x.dim()) if dim != 1]
     return (
-        grad_x.to(x.dtype).contiguous(),
+        in_layout_of(grad_x.to(x.dtype), x),
         grad_scale.sum(others).to(scale.dtype),
         grad_shift.sum(others).to(shift.dtype),
     )

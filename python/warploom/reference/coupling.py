@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from warploom.reference._channel_affine import channel_affine as channel_affine
+from warploom.reference._channel_affine import (
+    channel_affine_backward as channel_affine_backward,
+)
+from warploom.reference._channel_affine import in_layout_of
 from warploom.reference._spline import (
     rational_quadratic_spline as rational_quadratic_spline,
 )
@@ -128,13 +133,6 @@ def _center(values: Tensor, center: str, count: int) -> Tensor:
     return values - values.flatten(1).sum(1).view(-1, *[1] * (values.dim() - 1)) / (count * pixels)
 
 
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    """In the memory layout of x: channels last where x is so, else contiguous."""
-    if x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) != 1:
-        return values.movedim(1, -1).contiguous().movedim(-1, 1)
-    return values.contiguous()
-
-
 def affine_coupling(
     x: Tensor, params: Tensor, raw_scale: Tensor | None, places: Tensor | None,
     scale_weight: Tensor | None, log_det_in: Tensor | None, mask: str, first: int, count: int,
@@ -168,7 +166,7 @@ def affine_coupling(
         log_det = log_sign * log_scale.flatten(1).sum(1)
     if log_det_in is not None:
         log_det = log_det + log_det_in
-    return _like(torch.where(half.moved, z.to(x.dtype), x), x), log_det
+    return in_layout_of(torch.where(half.moved, z.to(x.dtype), x), x), log_det
 
 
 def affine_coupling_out(out: Tensor, *args: Tensor) -> Tensor:
@@ -237,13 +235,13 @@ def affine_coupling_backward(
         grad_weight = grad_weight.index_copy(1, half.slots[used], terms[:, used])
     no_raw = params.new_empty(0)
     if scale == "additive":
-        return _like(grad_x, source), _like(grad_shift, source), no_raw, grad_weight
+        return in_layout_of(grad_x, source), in_layout_of(grad_shift, source), no_raw, grad_weight
     if raw_scale is not None:
         return (
-            _like(grad_x, source),
-            _like(grad_shift, source),
-            _like(grad_raw, source),
+            in_layout_of(grad_x, source),
+            in_layout_of(grad_shift, source),
+            in_layout_of(grad_raw, source),
             grad_weight,
         )
     joined = _join(grad_shift, grad_raw, layout)
-    return _like(grad_x, source), _like(joined, source), no_raw, grad_weight
+    return in_layout_of(grad_x, source), in_layout_of(joined, source), no_raw, grad_weight
