@@ -18,6 +18,8 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # Loads the module of each: some tests call overloads by name.
 for _backend in BACKENDS:
     _backends.unavailable(_backend, DEVICE)
+#: Triton's interpreter: one program after the other, a thousand times slower than a kernel.
+INTERPRETED = () if HAS_GPU else ("triton",)
 #: Interpreted or instrumented: a case costs a hundred times a native one.
 SLOW_BACKENDS = ("triton", "simt", "simt_instrumented")
 #: Backends whose sums may take another order for other strides: Triton compiles for what divides them.
