@@ -231,10 +231,15 @@ void write_means(const SpatialPyramidPoolBackwardParams& params, const Grid& gri
     const int begin = grid.rows.cuts[band];
     const int end = grid.rows.cuts[band + 1];
     for (int lane = 0; params.pixel_stride == 1 && lane < lanes; ++lane) {
-        for (int row = begin; row < end; ++row) {
-            T* to = grad_x + lane * params.channel_stride + row * params.row_stride;
-            for (int cell = 0; cell < cells; ++cell) {
-                std::fill(to + cuts[cell], to + cuts[cell + 1], gradients[cell][lane]);
+        T* to = grad_x + lane * params.channel_stride + begin * params.row_stride;
+        for (int cell = 0; cell < cells; ++cell) {
+            std::fill(to + cuts[cell], to + cuts[cell + 1], gradients[cell][lane]);
+        }
+        for (int row = begin + 1; row < end; ++row) {
+            T* const next = to + (row - begin) * params.row_stride;
+#pragma omp simd
+            for (int column = 0; column < params.width; ++column) {
+                next[column] = to[column];
             }
         }
     }

@@ -29,21 +29,22 @@ enum class Reduction { sum, max, indexed_max };
 
 // What is held of a window, of each plane, so far: its maximum and the pixel, or its sum.
 template <typename W, int kLanes>
-struct alignas(64) Held {
-    W values[kLanes];
-    std::int32_t places[kLanes];
+struct Held {
+    static constexpr int kVectors = kLanes / kSide<W>;
+    Vector<W> values[kVectors];
+    Indices<W> places[kVectors];
 };
 
 template <Reduction kReduction, typename W>
 constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
 
 // Pixels come in order: of equal ones the first stays, of NaN the last.
-template <Reduction kReduction, typename W>
-inline void take(W value, std::int32_t place, W& held, std::int32_t& held_place) {
+template <Reduction kReduction, typename Values, typename Places>
+inline void take(Values value, Places place, Values& held, Places& held_place) {
     if constexpr (kReduction == Reduction::sum) {
         held += value;
     } else {
-        const bool is_taken = (value > held) | (value != value);
+        const auto is_taken = (value > held) | (value != value);
         held = is_taken ? value : held;
         if constexpr (kReduction == Reduction::indexed_max) {
             held_place = is_taken ? place : held_place;
@@ -55,21 +56,20 @@ inline void take(W value, std::int32_t place, W& held, std::int32_t& held_place)
 template <Reduction kReduction, typename W, int kLanes>
 inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from,
                     Held<W, kLanes>& to) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const W a = held.values[lane];
-        const W b = from.values[lane];
+    for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
+        const Vector<W> a = held.values[part];
+        const Vector<W> b = from.values[part];
         if constexpr (kReduction == Reduction::sum) {
-            to.values[lane] = a + b;
+            to.values[part] = a + b;
         } else if constexpr (kReduction == Reduction::max) {
-            to.values[lane] = ((b > a) | (b != b)) ? b : a;
+            to.values[part] = ((b > a) | (b != b)) ? b : a;
         } else {
-            const std::int32_t place_a = held.places[lane];
-            const std::int32_t place_b = from.places[lane];
-            const bool is_taken = (b > a) | ((b == a) & (place_b < place_a)) |
+            const Indices<W> place_a = held.places[part];
+            const Indices<W> place_b = from.places[part];
+            const auto is_taken = (b > a) | ((b == a) & (place_b < place_a)) |
                                   ((b != b) & ((a == a) | (place_b > place_a)));
-            to.values[lane] = is_taken ? b : a;
-            to.places[lane] = is_taken ? place_b : place_a;
+            to.values[part] = is_taken ? b : a;
+            to.places[part] = is_taken ? place_b : place_a;
         }
     }
 }
@@ -109,8 +109,9 @@ void reduce_rows(const Planes<T>& planes, int begin, int end, int column, int co
             }
         }
         for (int index = 0; index < count; ++index) {
-            columns[index].values[lane] = values[index];
-            columns[index].places[lane] = places[index] + column + index;
+            columns[index].values[lane / kSide<W>][lane % kSide<W>] = values[index];
+            columns[index].places[lane / kSide<W>][lane % kSide<W>] =
+                places[index] + column + index;
         }
     }
 }
@@ -141,13 +142,14 @@ inline void turn_row(const Planes<T>& planes, std::int64_t first, int count,
 template <typename T, Reduction kReduction, int kLanes, typename W = Wide<T>>
 void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int count,
                    Held<W, kLanes>* columns) {
-    W buffer[kColumns<kLanes> + 2 * kSide<W>][kLanes];
+    constexpr int kVectors = Held<W, kLanes>::kVectors;
+    alignas(kVectorBytes) W buffer[kColumns<kLanes> + 2 * kSide<W>][kLanes];
     W(*const turned)[kLanes] = buffer + kSide<W>;
     const bool is_dense = planes.channel_stride == 1 && planes.lanes == kLanes;
     for (int index = 0; index < count; ++index) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            columns[index].values[lane] = kNothing<kReduction, W>;
-            columns[index].places[lane] = begin * planes.pitch + column + index;
+        for (int part = 0; part < kVectors; ++part) {
+            columns[index].values[part] = Vector<W>{} + kNothing<kReduction, W>;
+            columns[index].places[part] = Indices<W>{} + (begin * planes.pitch + column + index);
         }
         for (int lane = planes.lanes; lane < kLanes; ++lane) {
             turned[index][lane] = 0;
@@ -155,26 +157,24 @@ void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int 
     }
     for (int row = begin; row < end; ++row) {
         const std::int64_t first = row * planes.row_stride + column * planes.pixel_stride;
-        if (!is_dense) {
-            turn_row<T, kLanes>(planes, first, count, turned);
-        }
-        for (int index = 0; index < count; ++index) {
-            Held<W, kLanes>& held = columns[index];
-            const std::int32_t place = row * planes.pitch + column + index;
-            if (is_dense) {
+        const int place = row * planes.pitch + column;
+        const auto take_pixel = [&](int index, const auto* pixel) {
+            for (int part = 0; part < kVectors; ++part) {
+                take<kReduction>(load_vector(pixel + part * kSide<W>),
+                                 Indices<W>{} + (place + index), columns[index].values[part],
+                                 columns[index].places[part]);
+            }
+        };
+        if (is_dense) {
+            for (int index = 0; index < count; ++index) {
                 const T* pixel = planes.first + first + index * planes.pixel_stride;
                 prefetch(pixel + planes.row_stride, kLanes);
-#pragma omp simd
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    take<kReduction>(widen(pixel[lane]), place, held.values[lane],
-                                     held.places[lane]);
-                }
-            } else {
-#pragma omp simd
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    take<kReduction>(turned[index][lane], place, held.values[lane],
-                                     held.places[lane]);
-                }
+                take_pixel(index, pixel);
+            }
+        } else {
+            turn_row<T, kLanes>(planes, first, count, turned);
+            for (int index = 0; index < count; ++index) {
+                take_pixel(index, turned[index]);
             }
         }
     }
@@ -252,37 +252,73 @@ void join_bins(const PyramidLevel& level, const PyramidLevel& finer,
     }
 }
 
+// What is held of a level's bins, vectors_of(bin), to out[lane * channel_stride + bin].
+template <typename T, typename W, int kLanes, typename Vectors, typename Element>
+void write_level(const PyramidLevel& level, int lanes, Vectors vectors_of, Element* out) {
+    constexpr int kBlock = kSide<W>;
+    const auto element_of = [](auto number) {
+        if constexpr (std::is_same_v<Element, T>) {
+            return narrow<T>(number);
+        } else {
+            return static_cast<Element>(number);
+        }
+    };
+    const int bins = level.rows * level.columns;
+    int bin = 0;
+    for (; lanes == kLanes && bin + kBlock <= bins; bin += kBlock) {
+        for (int part = 0; part < kLanes / kBlock; ++part) {
+            std::remove_cvref_t<decltype(vectors_of(0)[0])> rows[kBlock];
+            for (int i = 0; i < kBlock; ++i) {
+                rows[i] = vectors_of(bin + i)[part];
+            }
+            transpose<W>(rows);
+            for (int i = 0; i < kBlock; ++i) {
+                Element* to = out + (part * kBlock + i) * level.channel_stride + bin;
+#pragma omp simd
+                for (int lane = 0; lane < kBlock; ++lane) {
+                    to[lane] = element_of(rows[i][lane]);
+                }
+            }
+        }
+    }
+    for (; bin < bins; ++bin) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            out[lane * level.channel_stride + bin] =
+                element_of(vectors_of(bin)[lane / kBlock][lane % kBlock]);
+        }
+    }
+}
+
 // A level's bins of all planes to the output, of which `to` is the first.
 template <Reduction kReduction, typename T, int kLanes, typename W = Wide<T>>
 void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid,
                 const PyramidLevel& level, const LevelPlace& first, int lanes, std::int64_t to,
-                const Held<W, kLanes>* bins) {
+                Held<W, kLanes>* bins) {
     for (int bin = 0; bin < level.rows * level.columns; ++bin) {
         const PoolWindow& down = grid.rows.windows[first.row + bin / level.columns];
         const PoolWindow& across = grid.columns.windows[first.column + bin % level.columns];
-        const bool has_pixels = down.begin < down.end && across.begin < across.end;
         const W area = static_cast<W>(down.span) * static_cast<W>(across.span);
-        T* out = static_cast<T*>(params.out) + to + bin;
-        for (int lane = 0; lane < lanes; ++lane) {
-            W value = has_pixels ? bins[bin].values[lane] : W{0};
-            if (kReduction == Reduction::sum && has_pixels) {
-                value /= area;
+        if (down.begin >= down.end || across.begin >= across.end) {
+            for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
+                bins[bin].values[part] = Vector<W>{};
+                bins[bin].places[part] = Indices<W>{} - 1;
             }
-            out[lane * level.channel_stride] = narrow<T>(value);
+        } else if constexpr (kReduction == Reduction::sum) {
+            for (Vector<W>& values : bins[bin].values) {
+                values /= area;
+            }
         }
-        if constexpr (kReduction == Reduction::indexed_max) {
-            const auto write = [&](auto* argmax) {
-                for (int lane = 0; lane < lanes; ++lane) {
-                    const std::int32_t place = has_pixels ? bins[bin].places[lane] : -1;
-                    argmax[to + bin + lane * level.channel_stride] =
-                        static_cast<std::remove_pointer_t<decltype(argmax)>>(place);
-                }
-            };
-            if (params.is_narrow_index) {
-                write(static_cast<std::int16_t*>(params.argmax));
-            } else {
-                write(static_cast<std::int32_t*>(params.argmax));
-            }
+    }
+    const auto write = [&](auto* out, auto vectors_of) {
+        write_level<T, W, kLanes>(level, lanes, vectors_of, out + to);
+    };
+    write(static_cast<T*>(params.out), [=](int bin) { return bins[bin].values; });
+    if constexpr (kReduction == Reduction::indexed_max) {
+        const auto places_of = [=](int bin) { return bins[bin].places; };
+        if (params.is_narrow_index) {
+            write(static_cast<std::int16_t*>(params.argmax), places_of);
+        } else {
+            write(static_cast<std::int32_t*>(params.argmax), places_of);
         }
     }
 }

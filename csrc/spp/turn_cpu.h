@@ -27,26 +27,29 @@ struct VectorType {
 };
 template <typename W>
 using Vector = typename VectorType<W>::Type;
+// Integers of a vector's width, one a lane.
+template <typename W>
+using Indices = typename VectorType<W>::Index;
 // The side of a block.
 template <typename W>
 constexpr int kSide = kVectorBytes / static_cast<int>(sizeof(W));
 
 // a[k], b[k], a[k + 1], b[k + 1], ... from the first lane on, or from the middle.
-template <bool kFromMiddle, typename W, int... kLane>
-inline Vector<W> interleave(Vector<W> a, Vector<W> b, std::integer_sequence<int, kLane...>) {
+template <bool kFromMiddle, typename W, typename Rows, int... kLane>
+inline Rows interleave(Rows a, Rows b, std::integer_sequence<int, kLane...>) {
     constexpr int kFirst = kFromMiddle ? kSide<W> / 2 : 0;
-    const typename VectorType<W>::Index index = {(kFirst + kLane / 2 + kLane % 2 * kSide<W>)...};
+    const Indices<W> index = {(kFirst + kLane / 2 + kLane % 2 * kSide<W>)...};
     return __builtin_shuffle(a, b, index);
 }
 
 // Transposes a block. A step makes of the number of a row and that of a lane, as one string of
 // bits, the string rotated by one bit.
-template <typename W, int kStep = 1>
-inline void transpose(Vector<W>* rows) {
+template <typename W, int kStep = 1, typename Rows>
+inline void transpose(Rows* rows) {
     if constexpr (kStep < kSide<W>) {
         constexpr int kHalf = kSide<W> / 2;
         constexpr auto kAllLanes = std::make_integer_sequence<int, kSide<W>>();
-        Vector<W> next[kSide<W>];
+        Rows next[kSide<W>];
 #pragma GCC unroll 16
         for (int i = 0; i < kHalf; ++i) {
             next[2 * i] = interleave<false, W>(rows[i], rows[i + kHalf], kAllLanes);
@@ -72,7 +75,8 @@ inline Vector<W> load_vector(const T* from) {
     return vector;
 }
 
-// to[pixel][plane] = from[plane * stride + pixel] of kSide pixels of kPlanes planes.
+// to[pixel][plane] = from[plane * stride + pixel] of kSide pixels of kPlanes planes. Asks for those
+// of the next planes.
 template <int kPlanes, typename T, typename W = Wide<T>>
 inline void turn_block(const T* from, std::int64_t stride, W (*to)[kPlanes]) {
     constexpr int kRows = kSide<W>;
@@ -82,6 +86,7 @@ inline void turn_block(const T* from, std::int64_t stride, W (*to)[kPlanes]) {
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             rows[i] = load_vector(from + (plane + i) * stride);
+            __builtin_prefetch(from + (kPlanes + plane + i) * stride, 0, 2);
         }
         transpose<W>(rows);
 #pragma GCC unroll 16
