@@ -19,6 +19,8 @@ namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
+// Channels of which all are taken at a time where that reads large images from end to end.
+constexpr int kWholePixel = 256;
 // Columns of a band that are taken at a time.
 template <int kLanes>
 constexpr int kColumns = 2048 / kLanes;
@@ -391,7 +393,10 @@ void spatial_pyramid_pool_cpu(const SpatialPyramidPoolParams& params) {
         });
     };
     const auto run_lanes = [&]<typename T, Reduction kReduction>() {
-        if (params.channel_stride == 1 && params.channels >= kNeighbours) {
+        if (params.channel_stride == 1 && params.channels == kWholePixel &&
+            params.width >= kLongRow) {
+            run.template operator()<T, kReduction, kWholePixel>();
+        } else if (params.channel_stride == 1 && params.channels >= kNeighbours) {
             run.template operator()<T, kReduction, kNeighbours>();
         } else {
             run.template operator()<T, kReduction, kPlanes>();
