@@ -39,17 +39,24 @@ void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t 
                    std::int64_t channel, const Sums<Wide<T>>& sums) {
     const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
     const Index* argmax = static_cast<const Index*>(params.argmax) + index * params.out_stride;
+    const std::int64_t begin = sums.begin;
+    const std::int64_t pixel_stride = sums.pixel_stride;
+    const auto size = static_cast<std::uint64_t>(sums.end - begin);
     for (int place = 0; place < params.level_count; ++place) {
         const PyramidLevel& level = params.levels[place];
+        const int bins = level.rows * level.columns;
         std::int64_t from = level.offset + channel * level.channel_stride;
-        for (std::int64_t lane = 0; lane < sums.lanes; ++lane, from += level.channel_stride) {
-            for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-                const std::int64_t pixel = argmax[from + bin];
-                if (pixel >= sums.begin && pixel < sums.end) {
-                    sums.first[(pixel - sums.begin) * sums.pixel_stride +
-                               lane * sums.channel_stride] += widen(grad_out[from + bin]);
+        Wide<T>* first = sums.first;
+        for (std::int64_t lane = 0; lane < sums.lanes; ++lane) {
+            for (int bin = 0; bin < bins; ++bin) {
+                // -1, of none, is beyond the end, too.
+                const auto pixel = static_cast<std::uint64_t>(argmax[from + bin] - begin);
+                if (pixel < size) {
+                    first[pixel * pixel_stride] += widen(grad_out[from + bin]);
                 }
             }
+            from += level.channel_stride;
+            first += sums.channel_stride;
         }
     }
 }
@@ -153,36 +160,31 @@ template <typename T>
 void fill_zeros(const Sums<T>& sums) {
     const std::int64_t pixels = sums.end - sums.begin;
     const bool in_planes = sums.pixel_stride == 1;
-    const bool is_dense = sums.pixel_stride == sums.lanes;
-    const std::int64_t runs = in_planes ? sums.lanes : is_dense ? 1 : pixels;
-    const std::int64_t run = in_planes ? pixels : is_dense ? pixels * sums.lanes : sums.lanes;
+    const std::int64_t stride = in_planes ? sums.channel_stride : sums.pixel_stride;
+    std::int64_t runs = in_planes ? sums.lanes : pixels;
+    std::int64_t run = in_planes ? pixels : sums.lanes;
+    if (run == stride) {
+        run *= runs;
+        runs = 1;
+    }
     for (std::int64_t at = 0; at < runs; ++at) {
-        T* to = sums.first + at * (in_planes ? sums.channel_stride : sums.pixel_stride);
-        __builtin_memset(to, 0, static_cast<std::size_t>(run) * sizeof(T));
+        __builtin_memset(sums.first + at * stride, 0, static_cast<std::size_t>(run) * sizeof(T));
     }
 }
 
-// The gradient of `lanes` planes, of the pixels of part `part` of `parts`: in place, or of 16 bits
-// a tile at a time, rounded once.
+// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of 16
+// bits a tile at a time, rounded once.
 template <typename T>
-void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, std::int64_t image,
-                   std::int64_t channel, std::int64_t lanes, std::int64_t part,
-                   std::int64_t parts) {
-    std::int64_t first = image * params.image_stride;
-    std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
-    if (params.offsets != nullptr) {
-        first = params.offsets[image] * params.pixel_stride;
-        pixels = params.offsets[image + 1] - params.offsets[image];
-    }
-    T* grad_x = static_cast<T*>(params.grad_x) + first + channel * params.channel_stride;
-    const std::int64_t part_begin = part * pixels / parts;
-    const std::int64_t part_end = (part + 1) * pixels / parts;
+void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, T* grad_x,
+                   std::int64_t image, std::int64_t channel, std::int64_t lanes, std::int64_t begin,
+                   std::int64_t end) {
+    grad_x += channel * params.channel_stride;
     if constexpr (std::is_same_v<T, Wide<T>>) {
-        const Sums<T> sums{grad_x + part_begin * params.pixel_stride,
+        const Sums<T> sums{grad_x + begin * params.pixel_stride,
                            params.pixel_stride,
                            params.channel_stride,
-                           part_begin,
-                           part_end,
+                           begin,
+                           end,
                            lanes};
         fill_zeros(sums);
         add_regions<T>(params, grid, image, channel, sums);
@@ -190,17 +192,17 @@ void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, s
         const bool in_planes = params.pixel_stride == 1;
         float tile[kTile];
         const std::int64_t most = kTile / lanes;
-        for (std::int64_t begin = part_begin; begin < part_end; begin += most) {
-            const std::int64_t end = std::min(begin + most, part_end);
-            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, begin, end,
+        for (std::int64_t first = begin; first < end; first += most) {
+            const std::int64_t last = std::min(first + most, end);
+            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last,
                                    lanes};
             fill_zeros(sums);
             add_regions<T>(params, grid, image, channel, sums);
-            const std::int64_t outer = in_planes ? lanes : end - begin;
-            const std::int64_t inner = in_planes ? end - begin : lanes;
+            const std::int64_t outer = in_planes ? lanes : last - first;
+            const std::int64_t inner = in_planes ? last - first : lanes;
             for (std::int64_t at = 0; at < outer; ++at) {
-                T* to = grad_x + (in_planes ? at * params.channel_stride + begin
-                                            : (begin + at) * params.pixel_stride);
+                T* to = grad_x + (in_planes ? at * params.channel_stride + first
+                                            : (first + at) * params.pixel_stride);
                 const float* from = tile + at * (in_planes ? most : lanes);
 #pragma omp simd
                 for (std::int64_t index = 0; index < inner; ++index) {
@@ -283,22 +285,25 @@ void add_all(const SpatialPyramidPoolBackwardParams& params) {
     constexpr bool is_in_place = std::is_same_v<T, Wide<T>>;
     const bool in_planes = params.pixel_stride == 1;
     const bool is_whole = !in_planes && !params.is_average && is_in_place;
-    const std::int64_t pixels = pixel_count(params);
-    // A plane that stands alone is filled and added to while it is in the cache, neighbours are by
-    // parts of the image; of means the windows are found once for several planes.
-    const std::int64_t most = is_whole       ? params.channels
-                              : !in_planes   ? kNeighbours
-                              : params.is_average ? kPlanes : 1;
+    const std::int64_t most = is_whole ? params.channels : in_planes ? kPlanes : kNeighbours;
     const std::int64_t groups = ceil_divide(params.channels, most);
-    const std::int64_t parts = is_whole ? ceil_divide(pixels * most, kPart) : 1;
-    const std::int64_t grain = 1 + kGrain * parts / (most * (1 + pixels));
+    const std::int64_t parts = is_whole ? ceil_divide(pixel_count(params) * most, kPart) : 1;
+    const std::int64_t grain = 1 + kGrain * parts / (most * (1 + pixel_count(params)));
     parallel_for(params.images * groups * parts, grain, [&](std::int64_t begin, std::int64_t end) {
         Grid grid;
         for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t group = item / parts;
-            const std::int64_t channel = group % groups * most;
-            pool_backward<T>(params, grid, group / groups, channel,
-                             std::min(params.channels - channel, most), item % parts, parts);
+            const std::int64_t part = item % parts;
+            const std::int64_t image = item / parts / groups;
+            std::int64_t first = image * params.image_stride;
+            std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
+            if (params.offsets != nullptr) {
+                first = params.offsets[image] * params.pixel_stride;
+                pixels = params.offsets[image + 1] - params.offsets[image];
+            }
+            const std::int64_t channel = item / parts % groups * most;
+            pool_backward(params, grid, static_cast<T*>(params.grad_x) + first, image, channel,
+                          std::min(params.channels - channel, most), part * pixels / parts,
+                          (part + 1) * pixels / parts);
         }
     });
 }

@@ -56,8 +56,7 @@ inline void take(Values value, Places place, Values& held, Places& held_place) {
 
 // The same of pixels that come in any order: `to` of `held` and `from`, it may be either.
 template <Reduction kReduction, typename W, int kLanes>
-inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from,
-                    Held<W, kLanes>& to) {
+inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, Held<W, kLanes>& to) {
     for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
         const Vector<W> a = held.values[part];
         const Vector<W> b = from.values[part];
@@ -121,8 +120,7 @@ void reduce_rows(const Planes<T>& planes, int begin, int end, int column, int co
 // turned[index][lane]: pixels [first, first + count) of a row of the planes. Blocks may go beyond
 // the row, not beyond the plane: `turned` has kSide numbers before the first and behind the last.
 template <typename T, int kLanes, typename W = Wide<T>>
-inline void turn_row(const Planes<T>& planes, std::int64_t first, int count,
-                     W (*turned)[kLanes]) {
+inline void turn_row(const Planes<T>& planes, std::int64_t first, int count, W (*turned)[kLanes]) {
     constexpr int kBlock = kSide<W>;
     if (planes.pixel_stride == 1 && planes.lanes == kLanes && planes.size >= kBlock) {
         for (int index = 0; index < count; index += kBlock) {
@@ -244,8 +242,8 @@ void join_bins(const PyramidLevel& level, const PyramidLevel& finer,
     const int down = finer.rows / level.rows;
     const int across = finer.columns / level.columns;
     for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-        const Held<W, kLanes>* first = finer_bins + bin / level.columns * down * finer.columns +
-                                       bin % level.columns * across;
+        const Held<W, kLanes>* first =
+            finer_bins + bin / level.columns * down * finer.columns + bin % level.columns * across;
         bins[bin] = first[0];
         for (int piece = 1; piece < down * across; ++piece) {
             combine<kReduction>(bins[bin], first[piece / across * finer.columns + piece % across],
@@ -293,9 +291,8 @@ void write_level(const PyramidLevel& level, int lanes, Vectors vectors_of, Eleme
 
 // A level's bins of all planes to the output, of which `to` is the first.
 template <Reduction kReduction, typename T, int kLanes, typename W = Wide<T>>
-void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid,
-                const PyramidLevel& level, const LevelPlace& first, int lanes, std::int64_t to,
-                Held<W, kLanes>* bins) {
+void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid, const PyramidLevel& level,
+                const LevelPlace& first, int lanes, std::int64_t to, Held<W, kLanes>* bins) {
     for (int bin = 0; bin < level.rows * level.columns; ++bin) {
         const PoolWindow& down = grid.rows.windows[first.row + bin / level.columns];
         const PoolWindow& across = grid.columns.windows[first.column + bin % level.columns];
