@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "common/cpu_float.h"
+#include "common/cpu_loops.h"
 #include "common/parallel.h"
 #include "spp/turn_cpu.h"
 
@@ -32,6 +33,9 @@ struct Cells {
     }
 };
 
+// Pixels of channels-last tensors that are asked for ahead: their distance is too long for the
+// processor to guess.
+constexpr std::int64_t kAhead = 16;
 // Numbers that the loops take at a time.
 constexpr std::int64_t kBlock = kSppfBlock;
 
@@ -276,6 +280,8 @@ void backward(const SppfBackwardParams& params) {
             const Planes<W> planes(shape, params.workspace, part, true);
             number_cells(planes);
             const std::int64_t size = planes.height * planes.row;
+            const std::int64_t ahead =
+                shape.channels_last ? kAhead * kSppfSlices * shape.channels : 0;
             // Of what a pool returned, and of what it was given.
             W* grads = planes.padded.values + sppf_padded_size(shape, lanes);
             W* sums = grads + size;
@@ -286,6 +292,7 @@ void backward(const SppfBackwardParams& params) {
                         for_each_run(
                             shape, lanes, group, kSppfSlices, slice, y,
                             [&](std::int64_t place, std::int64_t element, std::int64_t count) {
+                                prefetch(from + element + ahead, count);
                                 load_run(row_of(y) + place, from + element, count);
                             });
                     }
