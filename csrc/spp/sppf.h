@@ -43,7 +43,8 @@ constexpr std::int64_t kSppfBlock = 16;
 // copy with radius rows above and below, and one row.
 constexpr std::int64_t sppf_padded_size(const SppfShape& shape, std::int64_t lanes) {
     const std::int64_t pitch = (shape.width + shape.radius) * lanes;
-    return shape.radius * lanes + (2 * shape.height + 2 * shape.radius + 1) * pitch + 2 * kSppfBlock;
+    return shape.radius * lanes + (2 * shape.height + 2 * shape.radius + 1) * pitch +
+           2 * kSppfBlock;
 }
 
 struct SppfParams {
