@@ -14,7 +14,7 @@ REGIONS, BINS, SAMPLES = 128, 7, 2
 
 
 def sampled(rois: Tensor, x: Tensor) -> Tensor:
-    places = (torch.arange(BINS * SAMPLES, device=x.device) + 0.5) / (BINS * SAMPLES)
+    places = (torch.arange(BINS * SAMPLES, device=x.device, dtype=x.dtype) + 0.5) / (BINS * SAMPLES)
     regions = []
     for _, x1, y1, x2, y2 in rois.to(x.dtype):
         # In grid_sample's coordinates -1 and 1 are the outer edges of the outer pixels.

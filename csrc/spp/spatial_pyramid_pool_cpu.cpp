@@ -1,113 +1,31 @@
 // Spatial pyramid pooling on the CPU: every pixel is read once for all levels. A band of rows is
 // first reduced to one row of columns, these to cells between two cuts (pool_windows.h), and the
-// cells go to the bins that cover them. From the columns on, kLanes planes are taken at a time,
-// each in a lane of a vector.
+// cells go to the bins that cover them; where a level's windows are made of whole windows of a
+// finer one, its maxima are taken of that level's. kLanes planes are taken at a time, each in a
+// lane of a vector.
 #include "spp/spatial_pyramid_pool.h"
 
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #include "common/cpu_float.h"
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
-#include "spp/pool_windows.h"
+#include "spp/held_cpu.h"
+#include "spp/pyramid_cpu.h"
+#include "spp/turn_cpu.h"
 
 namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
 namespace {
 
-using namespace ::warploom::WARPLOOM_CPU_ISA;
-
-// Planes that are taken at a time: as many as make a vector, or where a pixel's channels are
-// neighbours some lines of the cache.
-constexpr int kPlanes = 16;
-constexpr int kNeighbours = 64;
+// Channels of which all are taken at a time where that reads large images from end to end.
+constexpr int kWholePixel = 256;
 // Columns of a band that are taken at a time.
 template <int kLanes>
 constexpr int kColumns = 2048 / kLanes;
 // Rows of so many pixels are reduced as vectors of them; shorter ones as vectors of planes.
 constexpr int kLongRow = 32;
-// Elements of a gradient of 16 bits that are summed at a time.
-constexpr int kTile = 8192;
-// Elements that are worth waking a thread for.
-constexpr std::int64_t kGrain = 32768;
-
-struct Grid {
-    PoolRegion region;
-    PoolAxis rows;
-    PoolAxis columns;
-
-    Grid(const PyramidParams& params, std::int64_t index) : region(pool_region(params, index)) {
-        build_axis(rows, params, region, true);
-        build_axis(columns, params, region, false);
-    }
-};
-
-// Calls visit(level, bin of the level, its row among all windows, its column, number of the bin).
-template <typename Visit>
-void for_each_bin(const PyramidParams& params, Visit visit) {
-    int first_row = 0;
-    int first_column = 0;
-    int number = 0;
-    for (int place = 0; place < params.level_count; ++place) {
-        const PyramidLevel& level = params.levels[place];
-        for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-            visit(level, bin, first_row + bin / level.columns, first_column + bin % level.columns,
-                  number++);
-        }
-        first_row += level.rows;
-        first_column += level.columns;
-    }
-}
-
-enum class Reduction { sum, max, indexed_max };
-
-// What is held of a window, of each plane, so far: its maximum and the pixel, or its sum.
-template <typename W, int kLanes>
-struct alignas(64) Held {
-    W values[kLanes];
-    std::int32_t places[kLanes];
-};
-
-template <Reduction kReduction, typename W>
-constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
-
-// Pixels come in order: of equal ones the first stays, of NaN the last.
-template <Reduction kReduction, typename W>
-inline void take(W value, std::int32_t place, W& held, std::int32_t& held_place) {
-    if constexpr (kReduction == Reduction::sum) {
-        held += value;
-    } else {
-        const bool is_taken = (value > held) | (value != value);
-        held = is_taken ? value : held;
-        if constexpr (kReduction == Reduction::indexed_max) {
-            held_place = is_taken ? place : held_place;
-        }
-    }
-}
-
-// The same of pixels that come in any order.
-template <Reduction kReduction, typename W, int kLanes>
-inline void combine(const Held<W, kLanes>& from, Held<W, kLanes>& to) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const W value = from.values[lane];
-        const W held = to.values[lane];
-        if constexpr (kReduction == Reduction::sum) {
-            to.values[lane] = held + value;
-        } else if constexpr (kReduction == Reduction::max) {
-            to.values[lane] = ((value > held) | (value != value)) ? value : held;
-        } else {
-            const std::int32_t place = from.places[lane];
-            const std::int32_t held_place = to.places[lane];
-            const bool is_taken = (value > held) | ((value == held) & (place < held_place)) |
-                                  ((value != value) & ((held == held) | (place > held_place)));
-            to.values[lane] = is_taken ? value : held;
-            to.places[lane] = is_taken ? place : held_place;
-        }
-    }
-}
 
 // Some planes of one image, a lane each.
 template <typename T>
@@ -118,6 +36,7 @@ struct Planes {
     std::int64_t row_stride;
     std::int64_t pixel_stride;
     std::int64_t channel_stride;
+    std::int64_t size;  // elements from the first to the last of a plane
 };
 
 // Rows [begin, end) of `count` columns to columns[0, count): plane after plane, as vectors of
@@ -143,50 +62,71 @@ void reduce_rows(const Planes<T>& planes, int begin, int end, int column, int co
             }
         }
         for (int index = 0; index < count; ++index) {
-            columns[index].values[lane] = values[index];
-            columns[index].places[lane] = places[index] + column + index;
+            columns[index].values[lane / kSide<W>][lane % kSide<W>] = values[index];
+            columns[index].places[lane / kSide<W>][lane % kSide<W>] =
+                places[index] + column + index;
         }
     }
 }
 
-// The same as vectors of planes.
+// turned[index][lane]: pixels [first, first + count) of a row of the planes. Blocks may go beyond
+// the row, not beyond the plane: `turned` has kSide numbers before the first and behind the last.
+template <typename T, int kLanes, typename W = Wide<T>>
+inline void turn_row(const Planes<T>& planes, std::int64_t first, int count, W (*turned)[kLanes]) {
+    constexpr int kBlock = kSide<W>;
+    if (planes.pixel_stride == 1 && planes.lanes == kLanes && planes.size >= kBlock) {
+        for (int index = 0; index < count; index += kBlock) {
+            const std::int64_t last = planes.size - kBlock - first;
+            const std::int64_t at = index < last ? index : last;
+            turn_block(planes.first + first + at, planes.channel_stride, turned + at);
+        }
+        return;
+    }
+    for (int lane = 0; lane < planes.lanes; ++lane) {
+        const T* from = planes.first + first + lane * planes.channel_stride;
+        for (int index = 0; index < count; ++index) {
+            turned[index][lane] = widen(from[index * planes.pixel_stride]);
+        }
+    }
+}
+
+// The same as reduce_rows as vectors of planes.
 template <typename T, Reduction kReduction, int kLanes, typename W = Wide<T>>
 void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int count,
                    Held<W, kLanes>* columns) {
-    W turned[kColumns<kLanes>][kLanes];
+    constexpr int kVectors = Held<W, kLanes>::kVectors;
+    alignas(kVectorBytes) W buffer[kColumns<kLanes> + 2 * kSide<W>][kLanes];
+    W(*const turned)[kLanes] = buffer + kSide<W>;
     const bool is_dense = planes.channel_stride == 1 && planes.lanes == kLanes;
     for (int index = 0; index < count; ++index) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            columns[index].values[lane] = kNothing<kReduction, W>;
-            columns[index].places[lane] = begin * planes.pitch + column + index;
+        for (int part = 0; part < kVectors; ++part) {
+            columns[index].values[part] = Vector<W>{} + kNothing<kReduction, W>;
+            columns[index].places[part] = Indices<W>{} + (begin * planes.pitch + column + index);
+        }
+        for (int lane = planes.lanes; lane < kLanes; ++lane) {
             turned[index][lane] = 0;
         }
     }
     for (int row = begin; row < end; ++row) {
-        const T* from = planes.first + row * planes.row_stride + column * planes.pixel_stride;
-        for (int lane = 0; !is_dense && lane < planes.lanes; ++lane) {
-            const T* plane = from + lane * planes.channel_stride;
-            for (int index = 0; index < count; ++index) {
-                turned[index][lane] = widen(plane[index * planes.pixel_stride]);
+        const std::int64_t first = row * planes.row_stride + column * planes.pixel_stride;
+        const int place = row * planes.pitch + column;
+        const auto take_pixel = [&](int index, const auto* pixel) {
+            for (int part = 0; part < kVectors; ++part) {
+                take<kReduction>(load_vector(pixel + part * kSide<W>),
+                                 Indices<W>{} + (place + index), columns[index].values[part],
+                                 columns[index].places[part]);
             }
-        }
-        for (int index = 0; index < count; ++index) {
-            Held<W, kLanes>& held = columns[index];
-            const std::int32_t place = row * planes.pitch + column + index;
-            const T* pixel = from + index * planes.pixel_stride;
-            if (is_dense) {
+        };
+        if (is_dense) {
+            for (int index = 0; index < count; ++index) {
+                const T* pixel = planes.first + first + index * planes.pixel_stride;
                 prefetch(pixel + planes.row_stride, kLanes);
-#pragma omp simd
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    take<kReduction>(widen(pixel[lane]), place, held.values[lane],
-                                     held.places[lane]);
-                }
-            } else {
-#pragma omp simd
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    take<kReduction>(turned[index][lane], place, held.values[lane],
-                                     held.places[lane]);
-                }
+                take_pixel(index, pixel);
+            }
+        } else {
+            turn_row<T, kLanes>(planes, first, count, turned);
+            for (int index = 0; index < count; ++index) {
+                take_pixel(index, turned[index]);
             }
         }
     }
@@ -212,17 +152,132 @@ void reduce_band(const Planes<T>& planes, int begin, int end, const PoolAxis& ax
             if (column + index == axis.cuts[cell]) {
                 cells[cell] = columns[index];
             } else {
-                combine<kReduction>(columns[index], cells[cell]);
+                combine<kReduction>(cells[cell], columns[index], cells[cell]);
             }
+        }
+    }
+}
+
+// What one band gives to the bins of a level, whose first is bins[0].
+template <Reduction kReduction, typename W, int kLanes>
+void add_band(const Grid& grid, const PyramidLevel& level, const LevelPlace& first, int band,
+              const Held<W, kLanes>* cells, Held<W, kLanes>* bins) {
+    for (int column = 0; column < level.columns; ++column) {
+        const int first_cell = grid.columns.first_band[first.column + column];
+        const int last_cell = grid.columns.last_band[first.column + column];
+        if (first_cell == last_cell) {
+            continue;
+        }
+        Held<W, kLanes> several;
+        const Held<W, kLanes>* piece = &cells[first_cell];
+        for (int cell = first_cell + 1; cell < last_cell; ++cell, piece = &several) {
+            combine<kReduction>(*piece, cells[cell], several);
+        }
+        for (int row = 0; row < level.rows; ++row) {
+            Held<W, kLanes>& bin = bins[row * level.columns + column];
+            if (!covers(grid.rows, first.row + row, band)) {
+                continue;
+            }
+            if (grid.rows.first_band[first.row + row] == band) {
+                bin = *piece;
+            } else {
+                combine<kReduction>(bin, *piece, bin);
+            }
+        }
+    }
+}
+
+// The maxima of a level's bins, each of whole bins of a finer one.
+template <Reduction kReduction, typename W, int kLanes>
+void join_bins(const PyramidLevel& level, const PyramidLevel& finer,
+               const Held<W, kLanes>* finer_bins, Held<W, kLanes>* bins) {
+    const int down = finer.rows / level.rows;
+    const int across = finer.columns / level.columns;
+    for (int bin = 0; bin < level.rows * level.columns; ++bin) {
+        const Held<W, kLanes>* first =
+            finer_bins + bin / level.columns * down * finer.columns + bin % level.columns * across;
+        bins[bin] = first[0];
+        for (int piece = 1; piece < down * across; ++piece) {
+            combine<kReduction>(bins[bin], first[piece / across * finer.columns + piece % across],
+                                bins[bin]);
+        }
+    }
+}
+
+// What is held of a level's bins, vectors_of(bin), to out[lane * channel_stride + bin].
+template <typename T, typename W, int kLanes, typename Vectors, typename Element>
+void write_level(const PyramidLevel& level, int lanes, Vectors vectors_of, Element* out) {
+    constexpr int kBlock = kSide<W>;
+    const auto element_of = [](auto number) {
+        if constexpr (std::is_same_v<Element, T>) {
+            return narrow<T>(number);
+        } else {
+            return static_cast<Element>(number);
+        }
+    };
+    const int bins = level.rows * level.columns;
+    int bin = 0;
+    for (; lanes == kLanes && bin + kBlock <= bins; bin += kBlock) {
+        for (int part = 0; part < kLanes / kBlock; ++part) {
+            std::remove_cvref_t<decltype(vectors_of(0)[0])> rows[kBlock];
+            for (int i = 0; i < kBlock; ++i) {
+                rows[i] = vectors_of(bin + i)[part];
+            }
+            transpose<W>(rows);
+            for (int i = 0; i < kBlock; ++i) {
+                Element* to = out + (part * kBlock + i) * level.channel_stride + bin;
+#pragma omp simd
+                for (int lane = 0; lane < kBlock; ++lane) {
+                    to[lane] = element_of(rows[i][lane]);
+                }
+            }
+        }
+    }
+    for (; bin < bins; ++bin) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            out[lane * level.channel_stride + bin] =
+                element_of(vectors_of(bin)[lane / kBlock][lane % kBlock]);
+        }
+    }
+}
+
+// A level's bins of all planes to the output, of which `to` is the first.
+template <Reduction kReduction, typename T, int kLanes, typename W = Wide<T>>
+void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid, const PyramidLevel& level,
+                const LevelPlace& first, int lanes, std::int64_t to, Held<W, kLanes>* bins) {
+    for (int bin = 0; bin < level.rows * level.columns; ++bin) {
+        const PoolWindow& down = grid.rows.windows[first.row + bin / level.columns];
+        const PoolWindow& across = grid.columns.windows[first.column + bin % level.columns];
+        const W area = static_cast<W>(down.span) * static_cast<W>(across.span);
+        if (down.begin >= down.end || across.begin >= across.end) {
+            for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
+                bins[bin].values[part] = Vector<W>{};
+                bins[bin].places[part] = Indices<W>{} - 1;
+            }
+        } else if constexpr (kReduction == Reduction::sum) {
+            for (Vector<W>& values : bins[bin].values) {
+                values /= area;
+            }
+        }
+    }
+    const auto write = [&](auto* out, auto vectors_of) {
+        write_level<T, W, kLanes>(level, lanes, vectors_of, out + to);
+    };
+    write(static_cast<T*>(params.out), [=](int bin) { return bins[bin].values; });
+    if constexpr (kReduction == Reduction::indexed_max) {
+        const auto places_of = [=](int bin) { return bins[bin].places; };
+        if (params.is_narrow_index) {
+            write(static_cast<std::int16_t*>(params.argmax), places_of);
+        } else {
+            write(static_cast<std::int32_t*>(params.argmax), places_of);
         }
     }
 }
 
 // One region of kLanes planes, from channel `channel` on.
 template <typename T, Reduction kReduction, int kLanes>
-void pool(const SpatialPyramidPoolParams& params, std::int64_t index, std::int64_t channel) {
+void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t channel) {
     using W = Wide<T>;
-    const Grid grid(params, index);
     const PoolRegion& region = grid.region;
     const std::int64_t rest = params.channels - channel;
     const Planes<T> planes{
@@ -231,12 +286,15 @@ void pool(const SpatialPyramidPoolParams& params, std::int64_t index, std::int64
         region.pitch,
         region.row_stride,
         params.pixel_stride,
-        params.channel_stride};
+        params.channel_stride,
+        (region.height - 1) * region.row_stride + (region.width - 1) * params.pixel_stride + 1};
     Held<W, kLanes> bins[kMostBins * kMostBins];
     Held<W, kLanes> cells[kMostCuts];
-    Held<W, kLanes> columns[kColumns<kLanes>] = {};
-    const bool is_empty = grid.columns.cut_count == 0;
-    for (int band = 0; !is_empty && band + 1 < grid.rows.cut_count; ++band) {
+    Held<W, kLanes> columns[kColumns<kLanes>];
+    const auto finer_of = [&](int place) {
+        return kReduction == Reduction::sum ? -1 : grid.places[place].finer;
+    };
+    for (int band = 0; grid.columns.cut_count > 0 && band + 1 < grid.rows.cut_count; ++band) {
         bool is_covered = false;
         for (int row = 0; row < grid.rows.window_count; ++row) {
             is_covered |= covers(grid.rows, row, band);
@@ -246,218 +304,27 @@ void pool(const SpatialPyramidPoolParams& params, std::int64_t index, std::int64
         }
         reduce_band<T, kReduction, kLanes>(planes, grid.rows.cuts[band], grid.rows.cuts[band + 1],
                                            grid.columns, columns, cells);
-        int first_row = 0;
-        int first_column = 0;
-        int first_bin = 0;
         for (int place = 0; place < params.level_count; ++place) {
-            const PyramidLevel& level = params.levels[place];
-            for (int column = 0; column < level.columns; ++column) {
-                const int first_cell = grid.columns.first_band[first_column + column];
-                const int last_cell = grid.columns.last_band[first_column + column];
-                if (first_cell == last_cell) {
-                    continue;
-                }
-                Held<W, kLanes> piece = cells[first_cell];
-                for (int cell = first_cell + 1; cell < last_cell; ++cell) {
-                    combine<kReduction>(cells[cell], piece);
-                }
-                for (int row = 0; row < level.rows; ++row) {
-                    Held<W, kLanes>& bin = bins[first_bin + row * level.columns + column];
-                    if (grid.rows.first_band[first_row + row] == band &&
-                        covers(grid.rows, first_row + row, band)) {
-                        bin = piece;
-                    } else if (covers(grid.rows, first_row + row, band)) {
-                        combine<kReduction>(piece, bin);
-                    }
-                }
+            if (finer_of(place) < 0) {
+                const LevelPlace& first = grid.places[place];
+                add_band<kReduction>(grid, params.levels[place], first, band, cells,
+                                     bins + first.bin);
             }
-            first_row += level.rows;
-            first_column += level.columns;
-            first_bin += level.rows * level.columns;
         }
     }
-    for_each_bin(params, [&](const PyramidLevel& level, int bin, int row, int column, int number) {
-        const PoolWindow& down = grid.rows.windows[row];
-        const PoolWindow& across = grid.columns.windows[column];
-        const bool has_pixels = down.begin < down.end && across.begin < across.end;
-        const W area = static_cast<W>(down.span) * static_cast<W>(across.span);
-        std::int64_t to =
-            index * params.out_stride + level.offset + channel * level.channel_stride + bin;
-        for (int lane = 0; lane < planes.lanes; ++lane, to += level.channel_stride) {
-            W value = has_pixels ? bins[number].values[lane] : W{0};
-            if (kReduction == Reduction::sum && has_pixels) {
-                value /= area;
-            }
-            static_cast<T*>(params.out)[to] = narrow<T>(value);
-            if constexpr (kReduction == Reduction::indexed_max) {
-                const std::int32_t place = has_pixels ? bins[number].places[lane] : -1;
-                if (params.is_narrow_index) {
-                    static_cast<std::int16_t*>(params.argmax)[to] =
-                        static_cast<std::int16_t>(place);
-                } else {
-                    static_cast<std::int32_t*>(params.argmax)[to] = place;
-                }
-            }
-        }
-    });
-}
-
-// Sums of gradients of `lanes` planes, of their pixels from `begin` to `end`.
-template <typename W>
-struct Sums {
-    W* first;
-    std::int64_t pixel_stride;
-    std::int64_t channel_stride;
-    std::int64_t begin;
-    std::int64_t end;
-    int lanes;
-};
-
-// Each bin's gradient to its maximum.
-template <typename T, typename Index>
-void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t index,
-                   std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
-    const Index* argmax = static_cast<const Index*>(params.argmax) + index * params.out_stride;
-    for (int place = 0; place < params.level_count; ++place) {
+    for (int place = params.level_count - 1; place >= 0; --place) {
         const PyramidLevel& level = params.levels[place];
-        std::int64_t from = level.offset + channel * level.channel_stride;
-        for (int lane = 0; lane < sums.lanes; ++lane, from += level.channel_stride) {
-            for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-                const std::int64_t pixel = argmax[from + bin];
-                if (pixel >= sums.begin && pixel < sums.end) {
-                    sums.first[(pixel - sums.begin) * sums.pixel_stride +
-                               lane * sums.channel_stride] += widen(grad_out[from + bin]);
-                }
-            }
+        const LevelPlace& first = grid.places[place];
+        const int finer = finer_of(place);
+        if (finer >= 0) {
+            join_bins<kReduction>(level, params.levels[finer], bins + grid.places[finer].bin,
+                                  bins + first.bin);
         }
+        const std::int64_t to =
+            grid.index * params.out_stride + level.offset + channel * level.channel_stride;
+        write_bins<kReduction, T, kLanes>(params, grid, level, first, planes.lanes, to,
+                                          bins + first.bin);
     }
-}
-
-// Each bin's gradient in equal parts to its window: what a cell gets of all bins, to its pixels.
-template <typename T>
-void add_to_windows(const SpatialPyramidPoolBackwardParams& params, std::int64_t index,
-                    std::int64_t channel, const Sums<Wide<T>>& sums) {
-    using W = Wide<T>;
-    const Grid grid(params, index);
-    const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
-    for (int band = 0; band + 1 < grid.rows.cut_count; ++band) {
-        for (int cell = 0; cell + 1 < grid.columns.cut_count; ++cell) {
-            W share[kNeighbours] = {};
-            for_each_bin(params, [&](const PyramidLevel& level, int bin, int row, int column, int) {
-                if (covers(grid.rows, row, band) && covers(grid.columns, column, cell)) {
-                    const W area = static_cast<W>(grid.rows.windows[row].span) *
-                                   static_cast<W>(grid.columns.windows[column].span);
-                    const T* from = grad_out + level.offset + channel * level.channel_stride + bin;
-                    for (int lane = 0; lane < sums.lanes; ++lane) {
-                        share[lane] += widen(from[lane * level.channel_stride]) / area;
-                    }
-                }
-            });
-            for (int row = grid.rows.cuts[band]; row < grid.rows.cuts[band + 1]; ++row) {
-                const std::int64_t first =
-                    static_cast<std::int64_t>(row) * grid.region.pitch - sums.begin;
-                std::int64_t pixel = first + grid.columns.cuts[cell];
-                std::int64_t last = first + grid.columns.cuts[cell + 1];
-                pixel = pixel < 0 ? 0 : pixel;
-                last = last > sums.end - sums.begin ? sums.end - sums.begin : last;
-                if (sums.pixel_stride == 1) {
-                    for (int lane = 0; lane < sums.lanes; ++lane) {
-                        W* to = sums.first + lane * sums.channel_stride;
-#pragma omp simd
-                        for (std::int64_t at = pixel; at < last; ++at) {
-                            to[at] += share[lane];
-                        }
-                    }
-                } else {
-                    for (; pixel < last; ++pixel) {
-                        W* to = sums.first + pixel * sums.pixel_stride;
-#pragma omp simd
-                        for (int lane = 0; lane < sums.lanes; ++lane) {
-                            to[lane] += share[lane];
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-// What all regions of the image add, in their order.
-template <typename T>
-void add_regions(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
-                 std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const bool is_listed = params.has_regions;
-    for (std::int64_t index = is_listed ? 0 : image; index < (is_listed ? params.count : image + 1);
-         ++index) {
-        if (is_listed && params.regions[7 * index] != image) {
-            continue;
-        }
-        if (params.is_average) {
-            add_to_windows<T>(params, index, channel, sums);
-        } else if (params.is_narrow_index) {
-            add_to_maxima<T, std::int16_t>(params, index, channel, sums);
-        } else {
-            add_to_maxima<T, std::int32_t>(params, index, channel, sums);
-        }
-    }
-}
-
-template <typename T>
-void fill_zeros(const Sums<T>& sums) {
-    const std::int64_t pixels = sums.end - sums.begin;
-    const bool in_planes = sums.pixel_stride == 1;
-    const std::int64_t run = in_planes ? pixels : sums.lanes;
-    for (std::int64_t at = 0; at < (in_planes ? sums.lanes : pixels); ++at) {
-        T* to = sums.first + at * (in_planes ? sums.channel_stride : sums.pixel_stride);
-        __builtin_memset(to, 0, static_cast<std::size_t>(run) * sizeof(T));
-    }
-}
-
-// The gradient of `lanes` planes: in place, or of 16 bits a tile at a time, rounded once.
-template <typename T>
-void pool_backward(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
-                   std::int64_t channel, int lanes) {
-    std::int64_t first = image * params.image_stride;
-    std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
-    if (params.offsets != nullptr) {
-        first = params.offsets[image] * params.pixel_stride;
-        pixels = params.offsets[image + 1] - params.offsets[image];
-    }
-    T* grad_x = static_cast<T*>(params.grad_x) + first + channel * params.channel_stride;
-    if constexpr (std::is_same_v<T, Wide<T>>) {
-        const Sums<T> sums{grad_x, params.pixel_stride, params.channel_stride, 0, pixels, lanes};
-        fill_zeros(sums);
-        add_regions<T>(params, image, channel, sums);
-    } else {
-        const bool in_planes = params.pixel_stride == 1;
-        float tile[kTile];
-        const std::int64_t most = kTile / lanes;
-        for (std::int64_t begin = 0; begin < pixels; begin += most) {
-            const std::int64_t end = pixels - begin < most ? pixels : begin + most;
-            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, begin, end,
-                                   lanes};
-            fill_zeros(sums);
-            add_regions<T>(params, image, channel, sums);
-            const std::int64_t outer = in_planes ? lanes : end - begin;
-            const std::int64_t inner = in_planes ? end - begin : lanes;
-            for (std::int64_t at = 0; at < outer; ++at) {
-                T* to = grad_x + (in_planes ? at * params.channel_stride + begin
-                                            : (begin + at) * params.pixel_stride);
-                const float* from = tile + at * (in_planes ? most : lanes);
-#pragma omp simd
-                for (std::int64_t index = 0; index < inner; ++index) {
-                    to[index] = narrow<T>(from[index]);
-                }
-            }
-        }
-    }
-}
-
-// Of a plane, on average.
-std::int64_t pixel_count(const PyramidParams& params) {
-    return params.offsets == nullptr ? static_cast<std::int64_t>(params.height) * params.width
-                                     : params.offsets[params.images] / params.images;
 }
 
 }  // namespace
@@ -467,13 +334,18 @@ void spatial_pyramid_pool_cpu(const SpatialPyramidPoolParams& params) {
         const std::int64_t groups = ceil_divide(params.channels, kLanes);
         const std::int64_t grain = 1 + kGrain / (kLanes * (1 + pixel_count(params)));
         parallel_for(params.count * groups, grain, [&](std::int64_t begin, std::int64_t end) {
+            Grid grid;
             for (std::int64_t item = begin; item < end; ++item) {
-                pool<T, kReduction, kLanes>(params, item / groups, item % groups * kLanes);
+                grid.move_to(params, item / groups);
+                pool<T, kReduction, kLanes>(params, grid, item % groups * kLanes);
             }
         });
     };
     const auto run_lanes = [&]<typename T, Reduction kReduction>() {
-        if (params.channel_stride == 1 && params.channels >= kNeighbours) {
+        if (params.channel_stride == 1 && params.channels == kWholePixel &&
+            params.width >= kLongRow) {
+            run.template operator()<T, kReduction, kWholePixel>();
+        } else if (params.channel_stride == 1 && params.channels >= kNeighbours) {
             run.template operator()<T, kReduction, kNeighbours>();
         } else {
             run.template operator()<T, kReduction, kPlanes>();
@@ -487,25 +359,6 @@ void spatial_pyramid_pool_cpu(const SpatialPyramidPoolParams& params) {
         } else {
             run_lanes.template operator()<T, Reduction::indexed_max>();
         }
-    });
-}
-
-void spatial_pyramid_pool_backward_cpu(const SpatialPyramidPoolBackwardParams& params) {
-    // A plane that stands alone is filled and added to while it is in the cache; of means the
-    // windows are found once for several.
-    const int planes = params.is_average ? kPlanes : 1;
-    const int lanes = params.pixel_stride == 1 ? planes : kNeighbours;
-    const std::int64_t groups = ceil_divide(params.channels, lanes);
-    const std::int64_t grain = 1 + kGrain / (lanes * (1 + pixel_count(params)));
-    visit_element_type(params.dtype, [&]<typename T>() {
-        parallel_for(params.images * groups, grain, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t item = begin; item < end; ++item) {
-                const std::int64_t channel = item % groups * lanes;
-                const std::int64_t rest = params.channels - channel;
-                pool_backward<T>(params, item / groups, channel,
-                                 rest < lanes ? static_cast<int>(rest) : lanes);
-            }
-        });
     });
 }
 

@@ -39,11 +39,12 @@ struct SppfWorkspace {
 // Numbers that loops on the CPU take at a time: they may go so far beyond a plane.
 constexpr std::int64_t kSppfBlock = 16;
 
-// Numbers of the padded planes of `lanes` channels: before and behind each row radius cells, then
-// two copies with radius rows above and below.
+// Numbers of the padded planes of `lanes` channels: before and behind each row radius cells, then a
+// copy with radius rows above and below, and one row.
 constexpr std::int64_t sppf_padded_size(const SppfShape& shape, std::int64_t lanes) {
     const std::int64_t pitch = (shape.width + shape.radius) * lanes;
-    return shape.radius * lanes + (3 * shape.height + 4 * shape.radius) * pitch + 2 * kSppfBlock;
+    return shape.radius * lanes + (2 * shape.height + 2 * shape.radius + 1) * pitch +
+           2 * kSppfBlock;
 }
 
 struct SppfParams {

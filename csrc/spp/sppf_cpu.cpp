@@ -1,7 +1,6 @@
 // The cascade of max pools on the CPU. A pool is separable, also in what it does with ties and NaN:
 // a window's result is the last NaN of its cells in row-major order, else the first of the
-// greatest. Both directions double the width of windows until they have 2 radius + 1 cells: 3
-// maxima for 5.
+// greatest. So each pool is two, along the rows and along the columns.
 //
 // Planes are taken as one long vector: `lanes` neighbouring channels (of channels-last tensors)
 // stand side by side in each cell, and `radius` cells of -infinity behind each row are the border
@@ -13,7 +12,9 @@
 #include <limits>
 
 #include "common/cpu_float.h"
+#include "common/cpu_loops.h"
 #include "common/parallel.h"
+#include "spp/turn_cpu.h"
 
 namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
@@ -32,30 +33,49 @@ struct Cells {
     }
 };
 
+// Pixels of channels-last tensors that are asked for ahead: their distance is too long for the
+// processor to guess.
+constexpr std::int64_t kAhead = 16;
 // Numbers that the loops take at a time.
 constexpr std::int64_t kBlock = kSppfBlock;
 
-// The later of two neighbours where it is greater or NaN, else the earlier.
+// to[i] of the `window` cells from[i], from[i + shift], ..., of a whole block: of two neighbours
+// the later where it is greater or NaN, else the earlier.
 template <bool kIndexed, typename W>
-inline void combine_one(Cells<W> to, Cells<W> from, std::int64_t i, std::int64_t shift) {
-    const W earlier = from.values[i];
-    const W later = from.values[i + shift];
-    const bool take = (later > earlier) | (later != later);
-    to.values[i] = take ? later : earlier;
-    if constexpr (kIndexed) {
-        to.indices[i] = take ? from.indices[i + shift] : from.indices[i];
+inline void pool_block(Cells<W> to, Cells<W> from, std::int64_t window, std::int64_t shift) {
+    typedef std::int32_t Stored __attribute__((vector_size(kSide<W> * sizeof(std::int32_t))));
+    for (int first = 0; first < kBlock; first += kSide<W>) {
+        Vector<W> values = load_vector(from.values + first);
+        Indices<W> indices{};
+        Stored stored{};
+        if constexpr (kIndexed) {
+            __builtin_memcpy(&stored, from.indices + first, sizeof(stored));
+            indices = __builtin_convertvector(stored, Indices<W>);
+        }
+        for (std::int64_t cell = 1; cell < window; ++cell) {
+            const std::int64_t at = first + cell * shift;
+            const Vector<W> later = load_vector(from.values + at);
+            const auto is_taken = (later > values) | (later != later);
+            values = is_taken ? later : values;
+            if constexpr (kIndexed) {
+                __builtin_memcpy(&stored, from.indices + at, sizeof(stored));
+                indices = is_taken ? __builtin_convertvector(stored, Indices<W>) : indices;
+            }
+        }
+        __builtin_memcpy(to.values + first, &values, sizeof(values));
+        if constexpr (kIndexed) {
+            stored = __builtin_convertvector(indices, Stored);
+            __builtin_memcpy(to.indices + first, &stored, sizeof(stored));
+        }
     }
 }
 
-// to[i] of from[i] and from[i + shift], in whole blocks: what lies behind `count` is written, too.
-// `to` may be `from`.
+// The same of `count` numbers, in whole blocks: what lies behind `count` is written, too.
 template <bool kIndexed, typename W>
-inline void combine_blocks(Cells<W> to, Cells<W> from, std::int64_t count, std::int64_t shift) {
+inline void pool_blocks(Cells<W> to, Cells<W> from, std::int64_t count, std::int64_t window,
+                        std::int64_t shift) {
     for (std::int64_t first = 0; first < count; first += kBlock) {
-#pragma omp simd
-        for (std::int64_t i = first; i < first + kBlock; ++i) {
-            combine_one<kIndexed>(to, from, i, shift);
-        }
+        pool_block<kIndexed>(to + first, from + first, window, shift);
     }
 }
 
@@ -79,22 +99,6 @@ inline void for_each_number(std::int64_t count, Body body) {
     }
 }
 
-// As combine_blocks, but nothing behind `count` is written, and `to` is not `from`.
-template <bool kIndexed, typename W>
-inline void combine_row(Cells<W> to, Cells<W> from, std::int64_t count, std::int64_t shift) {
-    for_each_number(count, [=](std::int64_t i) { combine_one<kIndexed>(to, from, i, shift); });
-}
-
-// Calls pass(shift, width): windows of `width` cells are two of the width before, `shift` apart.
-template <typename Pass>
-inline void double_windows(std::int64_t window, Pass pass) {
-    for (std::int64_t width = 1; width < window;) {
-        const std::int64_t shift = std::min(width, window - width);
-        width += shift;
-        pass(shift, width);
-    }
-}
-
 // One part's padded planes. Rows of all three are `pitch` numbers apart. Behind `padded` and behind
 // all lies a block of padding, for loops that go too far.
 template <typename W>
@@ -102,9 +106,9 @@ struct Planes {
     static constexpr std::int32_t kPadding = -1;
 
     std::int64_t height, radius, lanes, row, pitch;
-    Cells<W> padded;   // radius cells, then height rows: what is pooled next
-    Cells<W> columns;  // height rows of maxima along the columns between radius rows of padding
-    Cells<W> rows;     // as columns: maxima along the rows, too
+    Cells<W> padded;      // radius cells, then height rows: what is pooled next
+    Cells<W> columns;     // height rows of maxima along the rows between radius rows of padding
+    Cells<W> row_maxima;  // one row, of windows
 
     Planes(const SppfShape& shape, const SppfWorkspace& workspace, std::int64_t part, bool indexed)
         : height(shape.height),
@@ -115,7 +119,7 @@ struct Planes {
         padded.values = static_cast<W*>(workspace.values) + part * workspace.values_per_part;
         padded.indices = indexed ? workspace.indices + part * workspace.indices_per_part : nullptr;
         columns = padded + (radius * lanes + height * pitch + kBlock);
-        rows = columns + (height + 2 * radius) * pitch;
+        row_maxima = columns + (height + 2 * radius) * pitch;
         const std::int64_t count = sppf_padded_size(shape, lanes);
         for (std::int64_t i = 0; i < count; ++i) {
             padded.values[i] = -std::numeric_limits<W>::infinity();
@@ -127,29 +131,17 @@ struct Planes {
 
     Cells<W> padded_row(std::int64_t y) const { return padded + (radius * lanes + y * pitch); }
 
-    // Pools all rows but for the last doubling: calls finish(y, two rows' maxima, shift between).
+    // Pools the padded rows. Calls finish(y) for each, when the maxima of its windows are in
+    // row_maxima.
     template <bool kIndexed, typename Finish>
     void pool(Finish finish) const {
         const std::int64_t window = 2 * radius + 1;
-        const std::int64_t cells = radius * lanes + height * pitch;
-        const Cells<W> middle = columns + radius * pitch;
-        Cells<W> from = padded;
-        double_windows(window, [&](std::int64_t shift, std::int64_t width) {
-            combine_blocks<kIndexed>(middle, from, cells - (width - 1) * lanes, shift * lanes);
-            from = middle;
-        });
-        from = columns;
-        double_windows(window, [&](std::int64_t shift, std::int64_t width) {
-            if (width < window) {
-                const std::int64_t left = height + 2 * radius - (width - 1);
-                combine_blocks<kIndexed>(rows, from, left * pitch, shift * pitch);
-                from = rows;
-                return;
-            }
-            for (std::int64_t y = 0; y < height; ++y) {
-                finish(y, from + y * pitch, shift * pitch);
-            }
-        });
+        pool_blocks<kIndexed>(columns + radius * pitch, padded, height * pitch - radius * lanes,
+                              window, lanes);
+        for (std::int64_t y = 0; y < height; ++y) {
+            pool_blocks<kIndexed>(row_maxima, columns + y * pitch, row, window, pitch);
+            finish(y);
+        }
     }
 };
 
@@ -239,11 +231,10 @@ void forward(const SppfParams& params) {
                     write_row(0, y);
                 }
                 for (std::int64_t stage = 1; stage <= kSppfStages; ++stage) {
-                    planes.template pool<false>(
-                        [&](std::int64_t y, Cells<W> halves, std::int64_t shift) {
-                            combine_row<false>(planes.padded_row(y), halves, planes.row, shift);
-                            write_row(stage, y);
-                        });
+                    planes.template pool<false>([&](std::int64_t y) {
+                        load_run(planes.padded_row(y).values, planes.row_maxima.values, planes.row);
+                        write_row(stage, y);
+                    });
                 }
             }
         });
@@ -289,6 +280,8 @@ void backward(const SppfBackwardParams& params) {
             const Planes<W> planes(shape, params.workspace, part, true);
             number_cells(planes);
             const std::int64_t size = planes.height * planes.row;
+            const std::int64_t ahead =
+                shape.channels_last ? kAhead * kSppfSlices * shape.channels : 0;
             // Of what a pool returned, and of what it was given.
             W* grads = planes.padded.values + sppf_padded_size(shape, lanes);
             W* sums = grads + size;
@@ -299,6 +292,7 @@ void backward(const SppfBackwardParams& params) {
                         for_each_run(
                             shape, lanes, group, kSppfSlices, slice, y,
                             [&](std::int64_t place, std::int64_t element, std::int64_t count) {
+                                prefetch(from + element + ahead, count);
                                 load_run(row_of(y) + place, from + element, count);
                             });
                     }
@@ -311,13 +305,9 @@ void backward(const SppfBackwardParams& params) {
                     for (std::int64_t i = 0; i < size; ++i) {
                         sums[i] = 0;
                     }
-                    planes.template pool<true>(
-                        [&](std::int64_t y, Cells<W> halves, std::int64_t shift) {
-                            // The maxima along the columns are read no more.
-                            const Cells<W> maxima = planes.columns + planes.radius * planes.pitch;
-                            combine_row<true>(maxima, halves, planes.row, shift);
-                            scatter_row(planes, y, maxima.indices, grads_row(y), sums);
-                        });
+                    planes.template pool<true>([&](std::int64_t y) {
+                        scatter_row(planes, y, planes.row_maxima.indices, grads_row(y), sums);
+                    });
                     load_slice(grad_out, stage - 1, grads_row);
 #pragma omp simd
                     for (std::int64_t i = 0; i < size; ++i) {

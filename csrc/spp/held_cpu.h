@@ -1,0 +1,62 @@
+// What pooling holds of windows, and how two of them become one. Included by <op>_cpu.cpp only (see
+// common/cpu.h on namespaces).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "spp/turn_cpu.h"
+
+namespace warploom::spp {
+namespace WARPLOOM_CPU_ISA {
+
+enum class Reduction { sum, max, indexed_max };
+
+// What is held of a window, of each plane, so far: its maximum and the pixel, or its sum.
+template <typename W, int kLanes>
+struct Held {
+    static constexpr int kVectors = kLanes / kSide<W>;
+    Vector<W> values[kVectors];
+    Indices<W> places[kVectors];
+};
+
+template <Reduction kReduction, typename W>
+constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
+
+// Pixels come in order: of equal ones the first stays, of NaN the last.
+template <Reduction kReduction, typename Values, typename Places>
+inline void take(Values value, Places place, Values& held, Places& held_place) {
+    if constexpr (kReduction == Reduction::sum) {
+        held += value;
+    } else {
+        const auto is_taken = (value > held) | (value != value);
+        held = is_taken ? value : held;
+        if constexpr (kReduction == Reduction::indexed_max) {
+            held_place = is_taken ? place : held_place;
+        }
+    }
+}
+
+// The same of pixels that come in any order: `to` of `held` and `from`, it may be either.
+template <Reduction kReduction, typename W, int kLanes>
+inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, Held<W, kLanes>& to) {
+    for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
+        const Vector<W> a = held.values[part];
+        const Vector<W> b = from.values[part];
+        if constexpr (kReduction == Reduction::sum) {
+            to.values[part] = a + b;
+        } else if constexpr (kReduction == Reduction::max) {
+            to.values[part] = ((b > a) | (b != b)) ? b : a;
+        } else {
+            const Indices<W> place_a = held.places[part];
+            const Indices<W> place_b = from.places[part];
+            const auto is_taken = (b > a) | ((b == a) & (place_b < place_a)) |
+                                  ((b != b) & ((a == a) | (place_b > place_a)));
+            to.values[part] = is_taken ? b : a;
+            to.places[part] = is_taken ? place_b : place_a;
+        }
+    }
+}
+
+}  // namespace WARPLOOM_CPU_ISA
+}  // namespace warploom::spp

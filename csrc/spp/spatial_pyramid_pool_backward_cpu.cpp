@@ -1,0 +1,332 @@
+// The gradients of spatial pyramid pooling on the CPU. Each element belongs to one thread, which
+// adds to it what bins give, region after region: to zeros that it has just written, while they are
+// in the cache. Means of whole images are written once: a pixel's gradient is that of its cell.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/cpu_float.h"
+#include "common/cpu_loops.h"
+#include "common/parallel.h"
+#include "spp/pyramid_cpu.h"
+#include "spp/spatial_pyramid_pool.h"
+
+namespace warploom::spp {
+namespace WARPLOOM_CPU_ISA {
+namespace {
+
+// Elements of a gradient of 16 bits that are summed at a time.
+constexpr int kTile = 8192;
+// Elements of a channels-last gradient that fill some of the second cache.
+constexpr std::int64_t kPart = 1 << 17;
+// Neighbouring channels that are written one after the other.
+constexpr int kRun = 256;
+
+// Sums of gradients of `lanes` planes, of their pixels from `begin` to `end`.
+template <typename W>
+struct Sums {
+    W* first;
+    std::int64_t pixel_stride;
+    std::int64_t channel_stride;
+    std::int64_t begin;
+    std::int64_t end;
+    std::int64_t lanes;
+};
+
+// Each bin's gradient to its maximum.
+template <typename T, typename Index>
+void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t index,
+                   std::int64_t channel, const Sums<Wide<T>>& sums) {
+    const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
+    const Index* argmax = static_cast<const Index*>(params.argmax) + index * params.out_stride;
+    const std::int64_t begin = sums.begin;
+    const std::int64_t pixel_stride = sums.pixel_stride;
+    const auto size = static_cast<std::uint64_t>(sums.end - begin);
+    for (int place = 0; place < params.level_count; ++place) {
+        const PyramidLevel& level = params.levels[place];
+        const int bins = level.rows * level.columns;
+        std::int64_t from = level.offset + channel * level.channel_stride;
+        Wide<T>* first = sums.first;
+        for (std::int64_t lane = 0; lane < sums.lanes; ++lane) {
+            for (int bin = 0; bin < bins; ++bin) {
+                // -1, of none, is beyond the end, too.
+                const auto pixel = static_cast<std::uint64_t>(argmax[from + bin] - begin);
+                if (pixel < size) {
+                    first[pixel * pixel_stride] += widen(grad_out[from + bin]);
+                }
+            }
+            from += level.channel_stride;
+            first += sums.channel_stride;
+        }
+    }
+}
+
+// What each pixel of a band of rows gets of all bins, in their order: shares[cell][lane].
+template <typename T, int kLanes, typename W = Wide<T>>
+void share_band(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
+                std::int64_t channel, int lanes, W (*shares)[kLanes]) {
+    const T* grad_out = static_cast<const T*>(params.grad_out) + grid.index * params.out_stride;
+    for (int cell = 0; cell + 1 < grid.columns.cut_count; ++cell) {
+        std::fill_n(shares[cell], lanes, W{0});
+    }
+    for (int place = 0; place < params.level_count; ++place) {
+        const PyramidLevel& level = params.levels[place];
+        const LevelPlace& first = grid.places[place];
+        for (int bin = 0; bin < level.rows * level.columns; ++bin) {
+            const int row = first.row + bin / level.columns;
+            const int column = first.column + bin % level.columns;
+            if (!covers(grid.rows, row, band)) {
+                continue;
+            }
+            const W area = static_cast<W>(grid.rows.windows[row].span) *
+                           static_cast<W>(grid.columns.windows[column].span);
+            const T* from = grad_out + level.offset + channel * level.channel_stride + bin;
+            W share[kLanes];
+            for (int lane = 0; lane < lanes; ++lane) {
+                share[lane] = widen(from[lane * level.channel_stride]);
+            }
+#pragma omp simd
+            for (int lane = 0; lane < lanes; ++lane) {
+                share[lane] /= area;
+            }
+            for (int cell = grid.columns.first_band[column]; cell < grid.columns.last_band[column];
+                 ++cell) {
+#pragma omp simd
+                for (int lane = 0; lane < lanes; ++lane) {
+                    shares[cell][lane] += share[lane];
+                }
+            }
+        }
+    }
+}
+
+// Each bin's gradient in equal parts to its window.
+template <typename T>
+void add_to_windows(const SpatialPyramidPoolBackwardParams& params, const Grid& grid,
+                    std::int64_t channel, const Sums<Wide<T>>& sums) {
+    using W = Wide<T>;
+    W shares[kMostCuts][kNeighbours];
+    for (int band = 0; band + 1 < grid.rows.cut_count; ++band) {
+        share_band<T>(params, grid, band, channel, sums.lanes, shares);
+        for (int row = grid.rows.cuts[band]; row < grid.rows.cuts[band + 1]; ++row) {
+            const std::int64_t first =
+                static_cast<std::int64_t>(row) * grid.region.pitch - sums.begin;
+            for (int cell = 0; cell + 1 < grid.columns.cut_count; ++cell) {
+                const std::int64_t begin =
+                    std::max<std::int64_t>(first + grid.columns.cuts[cell], 0);
+                const std::int64_t end =
+                    std::min(first + grid.columns.cuts[cell + 1], sums.end - sums.begin);
+                for (std::int64_t lane = 0; sums.pixel_stride == 1 && lane < sums.lanes; ++lane) {
+                    W* to = sums.first + lane * sums.channel_stride;
+#pragma omp simd
+                    for (std::int64_t at = begin; at < end; ++at) {
+                        to[at] += shares[cell][lane];
+                    }
+                }
+                for (std::int64_t at = begin; sums.pixel_stride != 1 && at < end; ++at) {
+                    W* to = sums.first + at * sums.pixel_stride;
+#pragma omp simd
+                    for (std::int64_t lane = 0; lane < sums.lanes; ++lane) {
+                        to[lane] += shares[cell][lane];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// What all regions of the image add, in their order.
+template <typename T>
+void add_regions(const SpatialPyramidPoolBackwardParams& params, Grid& grid, std::int64_t image,
+                 std::int64_t channel, const Sums<Wide<T>>& sums) {
+    const bool is_listed = params.has_regions;
+    for (std::int64_t index = is_listed ? 0 : image; index < (is_listed ? params.count : image + 1);
+         ++index) {
+        if (is_listed && params.regions[7 * index] != image) {
+            continue;
+        }
+        if (params.is_average) {
+            grid.move_to(params, index);
+            add_to_windows<T>(params, grid, channel, sums);
+        } else if (params.is_narrow_index) {
+            add_to_maxima<T, std::int16_t>(params, index, channel, sums);
+        } else {
+            add_to_maxima<T, std::int32_t>(params, index, channel, sums);
+        }
+    }
+}
+
+template <typename T>
+void fill_zeros(const Sums<T>& sums) {
+    const std::int64_t pixels = sums.end - sums.begin;
+    const bool in_planes = sums.pixel_stride == 1;
+    const std::int64_t stride = in_planes ? sums.channel_stride : sums.pixel_stride;
+    std::int64_t runs = in_planes ? sums.lanes : pixels;
+    std::int64_t run = in_planes ? pixels : sums.lanes;
+    if (run == stride) {
+        run *= runs;
+        runs = 1;
+    }
+    for (std::int64_t at = 0; at < runs; ++at) {
+        __builtin_memset(sums.first + at * stride, 0, static_cast<std::size_t>(run) * sizeof(T));
+    }
+}
+
+// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of 16
+// bits a tile at a time, rounded once.
+template <typename T>
+void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, T* grad_x,
+                   std::int64_t image, std::int64_t channel, std::int64_t lanes, std::int64_t begin,
+                   std::int64_t end) {
+    grad_x += channel * params.channel_stride;
+    if constexpr (std::is_same_v<T, Wide<T>>) {
+        const Sums<T> sums{grad_x + begin * params.pixel_stride,
+                           params.pixel_stride,
+                           params.channel_stride,
+                           begin,
+                           end,
+                           lanes};
+        fill_zeros(sums);
+        add_regions<T>(params, grid, image, channel, sums);
+    } else {
+        const bool in_planes = params.pixel_stride == 1;
+        float tile[kTile];
+        const std::int64_t most = kTile / lanes;
+        for (std::int64_t first = begin; first < end; first += most) {
+            const std::int64_t last = std::min(first + most, end);
+            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last,
+                                   lanes};
+            fill_zeros(sums);
+            add_regions<T>(params, grid, image, channel, sums);
+            const std::int64_t outer = in_planes ? lanes : last - first;
+            const std::int64_t inner = in_planes ? last - first : lanes;
+            for (std::int64_t at = 0; at < outer; ++at) {
+                T* to = grad_x + (in_planes ? at * params.channel_stride + first
+                                            : (first + at) * params.pixel_stride);
+                const float* from = tile + at * (in_planes ? most : lanes);
+#pragma omp simd
+                for (std::int64_t index = 0; index < inner; ++index) {
+                    to[index] = narrow<T>(from[index]);
+                }
+            }
+        }
+    }
+}
+
+// The gradient of means of a whole image, of one band of its rows and `lanes` planes.
+template <typename T, int kLanes>
+void write_means(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
+                 std::int64_t channel, int lanes) {
+    Wide<T> shares[kMostCuts][kLanes];
+    T gradients[kMostCuts][kLanes];
+    share_band<T>(params, grid, band, channel, lanes, shares);
+    const int cells = grid.columns.cut_count - 1;
+    const int* const cuts = grid.columns.cuts;
+    for (int cell = 0; cell < cells; ++cell) {
+#pragma omp simd
+        for (int lane = 0; lane < lanes; ++lane) {
+            gradients[cell][lane] = narrow<T>(shares[cell][lane]);
+        }
+    }
+    T* const grad_x =
+        static_cast<T*>(params.grad_x) + grid.region.first + channel * params.channel_stride;
+    const int begin = grid.rows.cuts[band];
+    const int end = grid.rows.cuts[band + 1];
+    for (int lane = 0; params.pixel_stride == 1 && lane < lanes; ++lane) {
+        T* to = grad_x + lane * params.channel_stride + begin * params.row_stride;
+        for (int cell = 0; cell < cells; ++cell) {
+            std::fill(to + cuts[cell], to + cuts[cell + 1], gradients[cell][lane]);
+        }
+        for (int row = begin + 1; row < end; ++row) {
+            T* const next = to + (row - begin) * params.row_stride;
+#pragma omp simd
+            for (int column = 0; column < params.width; ++column) {
+                next[column] = to[column];
+            }
+        }
+    }
+    for (int row = begin; params.pixel_stride != 1 && row < end; ++row) {
+        for (int cell = 0; cell < cells; ++cell) {
+            for (int column = cuts[cell]; column < cuts[cell + 1]; ++column) {
+                T* to = grad_x + row * params.row_stride + column * params.pixel_stride;
+                std::copy_n(gradients[cell], lanes, to);
+            }
+        }
+    }
+}
+
+template <typename T, int kLanes>
+void write_all_means(const SpatialPyramidPoolBackwardParams& params, const Grid& first_grid) {
+    const std::int64_t groups = ceil_divide(params.channels, kLanes);
+    const std::int64_t bands = first_grid.rows.cut_count - 1;
+    const std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
+    const std::int64_t grain = 1 + kGrain * bands / (kLanes * (1 + pixels));
+    const std::int64_t count = params.images * groups * bands;
+    parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
+        Grid grid = first_grid;
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t group = item / bands;
+            const std::int64_t channel = group % groups * kLanes;
+            grid.move_to(params, group / groups);
+            write_means<T, kLanes>(
+                params, grid, static_cast<int>(item % bands), channel,
+                static_cast<int>(std::min<std::int64_t>(params.channels - channel, kLanes)));
+        }
+    });
+}
+
+// Whether windows lie from the first to the last place of an axis.
+bool spans(const PoolAxis& axis, int extent) {
+    return axis.cut_count > 0 && axis.cuts[0] == 0 && axis.cuts[axis.cut_count - 1] == extent;
+}
+
+template <typename T>
+void add_all(const SpatialPyramidPoolBackwardParams& params) {
+    constexpr bool is_in_place = std::is_same_v<T, Wide<T>>;
+    const bool in_planes = params.pixel_stride == 1;
+    const bool is_whole = !in_planes && !params.is_average && is_in_place;
+    const std::int64_t most = is_whole ? params.channels : in_planes ? kPlanes : kNeighbours;
+    const std::int64_t groups = ceil_divide(params.channels, most);
+    const std::int64_t parts = is_whole ? ceil_divide(pixel_count(params) * most, kPart) : 1;
+    const std::int64_t grain = 1 + kGrain * parts / (most * (1 + pixel_count(params)));
+    parallel_for(params.images * groups * parts, grain, [&](std::int64_t begin, std::int64_t end) {
+        Grid grid;
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t part = item % parts;
+            const std::int64_t image = item / parts / groups;
+            std::int64_t first = image * params.image_stride;
+            std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
+            if (params.offsets != nullptr) {
+                first = params.offsets[image] * params.pixel_stride;
+                pixels = params.offsets[image + 1] - params.offsets[image];
+            }
+            const std::int64_t channel = item / parts % groups * most;
+            pool_backward(params, grid, static_cast<T*>(params.grad_x) + first, image, channel,
+                          std::min(params.channels - channel, most), part * pixels / parts,
+                          (part + 1) * pixels / parts);
+        }
+    });
+}
+
+}  // namespace
+
+void spatial_pyramid_pool_backward_cpu(const SpatialPyramidPoolBackwardParams& params) {
+    visit_element_type(params.dtype, [&]<typename T>() {
+        if (params.is_average && !params.has_regions) {
+            Grid grid;
+            grid.move_to(params, 0);
+            if (spans(grid.rows, params.height) && spans(grid.columns, params.width)) {
+                if (params.pixel_stride == 1) {
+                    write_all_means<T, kPlanes>(params, grid);
+                } else {
+                    write_all_means<T, kRun>(params, grid);
+                }
+                return;
+            }
+        }
+        add_all<T>(params);
+    });
+}
+
+}  // namespace WARPLOOM_CPU_ISA
+}  // namespace warploom::spp
