@@ -49,7 +49,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _log(report.nodeid, "not collected", report.longreprtext[-3000:], 0.0)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """A kernel that faults leaves its process without CUDA: the process ends, or every later test fails.
 

@@ -92,10 +92,10 @@ def _decode(device: str, dtype: torch.dtype, backend: str, shape: tuple[int, ...
         out = per_head[:, D_NOPE:] @ latents
         return out.permute(2, 0, 1).unflatten(0, (batch, queries))
 
-    peers: dict[str, Callable[[], Any]] = {
-        "eager absorbed": lambda: absorbed_eager(q, kv),
-        "SDPA absorbed": lambda: absorbed_sdpa(q, kv),
-    }
+    peers: dict[str, Callable[[], Any]] = {"eager absorbed": lambda: absorbed_eager(q, kv)}
+    # Where no fused kernel takes heads this wide, SDPA repeats the keys for every head, in float32.
+    if batch * heads * length * (D_LATENT + D_ROPE) * 4 <= MOST_EAGER_BYTES:
+        peers["SDPA absorbed"] = lambda: absorbed_sdpa(q, kv)
     expanded_bytes = batch * length * heads * (D_NOPE + D_ROPE + D_VALUE) * q.element_size()
     whole_peers = {}
     if expanded_bytes <= MOST_EAGER_BYTES:
@@ -286,6 +286,7 @@ def _module(device: str, dtype: torch.dtype) -> list[Case]:
     length, hidden, heads = 4096, 2048, 16
     config = transformers.DeepseekV2Config(
         hidden_size=hidden,
+        num_hidden_layers=1,
         num_attention_heads=heads,
         q_lora_rank=None,
         max_position_embeddings=8192,

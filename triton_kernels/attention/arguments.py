@@ -94,14 +94,16 @@ def dense_arguments(
 
 
 def block_constants(tile: AttentionTile, d: int, dv: int, group: int) -> Arguments:
+    # Compiled by Triton 3.6 for sm_90, 16-bit tiles of 32 features with values of 16 read outside of memory.
+    least = min(32, padded_head_dim(max(d, dv)))
     return {
         "GROUP": group,
         "D": d,
         "DV": dv,
         "BLOCK_M": tile.queries,
         "BLOCK_N": tile.keys,
-        "BLOCK_D": padded_head_dim(d),
-        "BLOCK_DV": padded_head_dim(dv),
+        "BLOCK_D": max(least, padded_head_dim(d)),
+        "BLOCK_DV": max(least, padded_head_dim(dv)),
     }
 
 

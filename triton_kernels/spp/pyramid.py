@@ -30,8 +30,9 @@ def _axis_windows(
         begin = index * (extent // bins)
         end = begin + most
     else:
-        # In float32, as torchvision's roi_pool divides: rounding moves some bins.
-        size = extent.float() / bins
+        # In float32, as torchvision's roi_pool divides: rounding moves some bins. By a tensor: on a
+        # GPU PyTorch multiplies by the reciprocal of a number.
+        size = extent.float() / torch.full_like(extent, bins, dtype=torch.float32)
         begin, end = (index * size).floor().long(), ((index + 1) * size).ceil().long()
     begin, end = (torch.minimum((start + place).clamp(min=0), limit) for place in (begin, end))
     return torch.stack((begin, end, end - begin if span is None else span), dim=-1)

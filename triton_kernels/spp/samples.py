@@ -30,7 +30,8 @@ class _Axis:
         # Beyond, samples could not be counted; of what is not a number there are none either.
         is_usable = exists & (start.abs() + length.abs() < 2.0**50)
         start, length = start.where(is_usable, 0.0)[:, None], length.where(is_usable, 0.0)[:, None]
-        bin_length = length / bins
+        # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number.
+        bin_length = length / torch.full_like(length, bins)
         samples = bin_length.ceil().clamp(min=0.0)
         if sampling_ratio > 0:
             samples = torch.full_like(samples, sampling_ratio)

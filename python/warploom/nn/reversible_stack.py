@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,22 @@ def _autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[An
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """cuDNN's convolutions in float32.
+
+    TF32 rounds their inputs to 11 bits: a reconstructed input that is off by 1e-7 then moves a coupling's
+    scale by up to 1e-3, and the next reconstruction by more.
+    """
+    convolutions: Any = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
 class _Run(torch.autograd.Function):
     """Runs the steps and keeps the last output alone; backward undoes them one by one.
 
@@ -54,7 +70,8 @@ class _Run(torch.autograd.Function):
         for index, step in enumerate(steps):
             if stack.keeps(index):
                 kept[index] = stream
-            stream, log_det = step.run(stream, context)
+            with _without_tf32():
+                stream, log_det = step.run(stream, context)
             if stream.dtype != x.dtype:
                 raise TypeError(
                     f"reversible: layer {step.name}: expected a stream of dtype {x.dtype}, got {stream.dtype}"
@@ -92,9 +109,9 @@ class _Run(torch.autograd.Function):
         for index in range(len(steps) - 1, -1, -1):
             step = steps[index]
             parameters = [value for value in step.layer.parameters() if id(value) in wanted]
-            with ctx.autocast(), torch.no_grad():
+            with ctx.autocast(), _without_tf32(), torch.no_grad():
                 stream = ctx.stack.reconstruct(step, stream, context, kept.pop(index, None))
-            with ctx.autocast(), torch.enable_grad():
+            with ctx.autocast(), _without_tf32(), torch.enable_grad():
                 grad_stream, grad_condition, grads = _gradients(
                     step.run,
                     stream.detach().requires_grad_(index > 0 or needs_x),

@@ -246,7 +246,7 @@ def _eager_lcs_lengths(tokens: Tensor, others: Tensor, cu_seqlens: Tensor) -> Te
                 best = above[column] + 1 if own == token else max(above[column + 1], row[-1])
                 row.append(best)
         lengths.append(row[-1])
-    return torch.tensor(lengths, dtype=torch.int32)
+    return torch.tensor(lengths, dtype=torch.int32, device=tokens.device)
 
 
 def _eager_sppf(x: Tensor, kernel_size: int, channels_last: bool) -> Tensor:
