@@ -172,6 +172,23 @@ def test_a_plane_of_more_pixels_than_int16_counts(backend):
     assert same(out, expected) and same(grad, expected_grad)
 
 
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name in ("cpu", "reference", "cuda")]
+)
+@every_layout
+@pytest.mark.parametrize(
+    "shape", [(2, 256, 9, 33), (3, 50, 13, 13)], ids=["rows of 33 x 256", "50 planes of 13 x 13"]
+)
+def test_blocks_of_channels(backend, layout, shape):
+    """What a CPU takes at once: lines from end to end, and short rows of several planes."""
+    x = with_nan(*shape).contiguous(memory_format=layout)
+    out, grad = with_gradient(lambda t: spatial_pyramid_pool(t, backend=backend), x)
+    expected, expected_grad = with_gradient(levels_of_torch, x.contiguous())
+    assert same(out, expected) and same(grad, expected_grad)
+    with torch.no_grad():
+        assert same(spatial_pyramid_pool(x, backend=backend), expected)
+
+
 # --- the other rules of windows, from their own formulas ----------------------------------------------
 
 
