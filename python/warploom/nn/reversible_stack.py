@@ -40,13 +40,13 @@ def _without_tf32() -> Iterator[None]:
     TF32 rounds their inputs to 11 bits: a reconstructed input that is off by 1e-7 then moves a coupling's
     scale by up to 1e-3, and the next reconstruction by more.
     """
-    convolutions: Any = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
     try:
         yield
     finally:
-        convolutions.fp32_precision = before
+        cudnn.conv.fp32_precision = before
 
 
 class _Run(torch.autograd.Function):
