@@ -10,7 +10,7 @@ from torch import Tensor
 from warploom.ops.coupling import spline_coupling
 from warploom.reference.coupling import rational_quadratic_spline
 
-from bench.harness import Case, Run, close_to
+from bench.harness import Case, Run
 
 SHAPE, BINS, BOUND = (64, 96, 64, 64), 8, 3.0
 
@@ -47,7 +47,12 @@ def cases_of(batch: int, dtype: torch.dtype, device: str) -> list[Case]:
     inputs = [x, params]
     peers: dict[str, Function] = {"eager": eager, "compile": torch.compile(eager)}
     few = [tensor[:1, :, :4].contiguous() for tensor in inputs]
-    verify = close_to(lambda *given: ours(*given)[0], lambda *given: eager(*given)[0], few)
+
+    def verify() -> None:
+        """A spline is as rough as its narrowest bin: within twice the formula's own error in this dtype."""
+        exact = eager(*(tensor.double() for tensor in few))[0]
+        error, own = ((f(*few)[0].double() - exact).abs().max() for f in (ours, eager))
+        assert error <= 2 * own + torch.finfo(dtype).eps, f"error {error:.1e}, eager's {own:.1e}"
 
     def case(op: str, bind: Callable[[Function], Run], moved: int) -> Case:
         return Case(
