@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from verification import digest, kernel_units  # noqa: E402
 
-#: Seconds after which a stage is stopped; WARPLOOM_STAGE_SECONDS where a lease leaves less.
+#: Seconds after which a stage is stopped; WARPLOOM_STAGE_SECONDS where there is less time.
 STAGE_SECONDS = int(os.environ.get("WARPLOOM_STAGE_SECONDS", "530"))
 #: The two kinds of kernel units, by their folders.
 BACKENDS = ("csrc", "triton_kernels")
