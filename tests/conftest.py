@@ -16,6 +16,8 @@ if not HAS_GPU:
 #: `make device` sets WARPLOOM_TEST_LOG: each result goes there at once, a line of JSON, so that a run
 #: that is cut off loses only what it had not reached.
 TEST_LOG = os.environ.get("WARPLOOM_TEST_LOG")
+#: pytest-xdist's name of this process; None where it is the one that reports.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -39,13 +41,13 @@ def _log(test: str, outcome: str, detail: str, seconds: float) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Runs in the process that reports, which with pytest-xdist is not the one that tests."""
-    worker = "PYTEST_XDIST_WORKER" in os.environ
-    if TEST_LOG and not worker and (report.when == "call" or report.outcome != "passed"):
+    if TEST_LOG and not WORKER and (report.when == "call" or report.outcome != "passed"):
         _log(report.nodeid, report.outcome, report.longreprtext[-3000:], report.duration)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    if TEST_LOG and report.failed:
+    """With pytest-xdist every process collects: the first one's failures stand for all."""
+    if TEST_LOG and report.failed and WORKER in (None, "gw0"):
         _log(report.nodeid, "not collected", report.longreprtext[-3000:], 0.0)
 
 

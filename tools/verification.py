@@ -20,7 +20,10 @@ def kernel_units() -> dict[str, list[Path]]:
     """Each hand-written or Triton kernel unit with the files of its own family that it is made of."""
     units = {}
     for unit in sorted((ROOT / "csrc").glob("*/*.cu")):
-        units[str(unit.relative_to(ROOT))] = [unit, *sorted(unit.parent.glob("*.cuh"))]
+        # What the CPU's units alone are made of ends in _cpu.h.
+        headers = [path for path in unit.parent.glob("*.h") if not path.name.endswith("_cpu.h")]
+        files = [unit, *sorted([*unit.parent.glob("*.cuh"), *headers])]
+        units[str(unit.relative_to(ROOT))] = files
     for unit in sorted((ROOT / "triton_kernels").glob("*/*.py")):
         if unit.parent.name != "common":
             units[str(unit.relative_to(ROOT))] = [unit]
