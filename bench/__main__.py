@@ -1,8 +1,10 @@
 """Runs the benches and writes JSON and PNG.
 
-python -m bench [--family norm ...] [--device cpu|cuda] [--rounds 15] [--seconds S] [--output DIR]
+python -m bench [--family norm ...] [--device cpu|cuda] [--rounds 15] [--seconds S] [--without PEER ...]
+                [--output DIR]
 
 --seconds: how long all may take; each family has an equal share of what is left, and begins no row after it.
+--without: peers to leave out, such as those that torch.compile builds anew for every row.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     output = options.output or Path(__file__).parent / "results" / options.device
@@ -93,6 +96,8 @@ def main() -> None:
             if time.monotonic() - began > share:
                 print(f"{family}: stopped after {share:.0f} s, {len(rows)} rows", flush=True)
                 break
+            for name in options.without:
+                case.peers.pop(name, None)
             try:
                 row = measure(case, options.device, options.rounds)
             except (AssertionError, RuntimeError) as error:

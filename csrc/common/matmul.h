@@ -5,6 +5,13 @@
 
 #include "torch.h"
 
+// addmm by its own entry point: no Scalar passes through the stable dispatcher. Bound only where
+// torch has CUDA.
+extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                    AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                    double beta, double alpha)
+    __attribute__((weak));
+
 namespace warploom {
 
 inline Tensor transposed(const Tensor& matrix) {
@@ -29,6 +36,19 @@ inline void multiply(const Tensor& a, const Tensor& b, Tensor out) {
     check_shim(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION),
                "PyTorch's product");
     to<Tensor>(stack[0]);  // Takes back the reference that the call returns.
+}
+
+// out = added + factor a b on a GPU, by PyTorch. `added` is broadcast, and may be out.
+inline void multiply_add_cuda(const Tensor& added, const Tensor& a, const Tensor& b, double factor,
+                              Tensor out) {
+    check_shim(aoti_torch_cuda_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, factor),
+               "PyTorch's product");
+}
+
+// out = factor a b on a GPU, by PyTorch.
+inline void multiply_scaled_cuda(const Tensor& a, const Tensor& b, double factor, Tensor out) {
+    check_shim(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 0.0, factor),
+               "PyTorch's product");
 }
 
 }  // namespace warploom

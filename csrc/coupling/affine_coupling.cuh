@@ -83,8 +83,8 @@ affine_coupling_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingTask task) {
     const float* means = sample_means(options, params.partials, share.sample);
     float sum = 0.0f;
     WARPLOOM_NO_UNROLL
-    for (std::int64_t element = share.begin; element < share.end; element += share.step) {
-        const Place place = place_of<Traits::kVector>(options, element);
+    for (int element = share.begin; element < share.end; element += share.step) {
+        const Place place = place_of<Traits::kVector>(options, share.first + element);
         sum += transform_vector<Traits>(params, means, share.sample, place);
     }
     sum = static_cast<float>(options.log_sign) *

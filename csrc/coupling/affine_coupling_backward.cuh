@@ -103,8 +103,8 @@ affine_coupling_backward_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardTas
     const Share share = share_of_thread<Traits>(options, task.grid);
     const float* means = sample_means(options, params.partials, share.sample);
     WARPLOOM_NO_UNROLL
-    for (std::int64_t element = share.begin; element < share.end; element += share.step) {
-        const Place place = place_of<Traits::kVector>(options, element);
+    for (int element = share.begin; element < share.end; element += share.step) {
+        const Place place = place_of<Traits::kVector>(options, share.first + element);
         transform_gradients<Traits>(params, means, share.sample, place);
     }
 }
@@ -132,9 +132,10 @@ weight_gradient_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardParams param
     const Division block =
         divide(blockIdx.x, (options.channels + block_channels - 1) / block_channels);
     const std::int64_t sample = block.quotient;
-    const std::int64_t channel = block.remainder * block_channels + (along_channels ? lane : warp);
+    const int channel =
+        static_cast<int>(block.remainder) * block_channels + (along_channels ? lane : warp);
     const float* means = sample_means(options, params.partials, sample);
-    std::int64_t slot = -1;
+    int slot = -1;
     float sum = 0.0f;
     if (channel < options.channels) {
         const std::int64_t step = along_channels ? kWarps : device::kWarpSize;

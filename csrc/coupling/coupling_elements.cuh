@@ -17,7 +17,8 @@ template <typename T, int kVector>
 WARPLOOM_DEVICE void load_params(const CouplingOptions& options, const CouplingView& shift,
                                  const CouplingView& raw_scale, std::int64_t sample,
                                  const Place& place, float (&t)[kVector], float (&u)[kVector]) {
-    const T* shifts = address_in<T>(shift, sample, place.slot, place.slot_pixel);
+    const std::int64_t pixel = slot_pixel_of<kVector>(options, place);
+    const T* shifts = address_in<T>(shift, sample, place.slot, pixel);
     if constexpr (kVector > 1) {
         if (are_paired(options, shift.channel_stride)) {
             float pairs[2 * kVector];
@@ -32,7 +33,7 @@ WARPLOOM_DEVICE void load_params(const CouplingOptions& options, const CouplingV
     }
     load_floats(shifts, t);
     if (raw_scale.data != nullptr) {
-        load_floats(address_in<T>(raw_scale, sample, place.slot, place.slot_pixel), u);
+        load_floats(address_in<T>(raw_scale, sample, place.slot, pixel), u);
     } else {
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
@@ -47,7 +48,8 @@ WARPLOOM_DEVICE void store_params(const CouplingOptions& options, const Coupling
                                   const CouplingOutput& raw_scale, std::int64_t sample,
                                   const Place& place, const float (&t)[kVector],
                                   const float (&u)[kVector]) {
-    T* shifts = address_in<T>(shift, sample, place.slot, place.slot_pixel);
+    const std::int64_t pixel = slot_pixel_of<kVector>(options, place);
+    T* shifts = address_in<T>(shift, sample, place.slot, pixel);
     if constexpr (kVector > 1) {
         if (are_paired(options, shift.channel_stride)) {
             WARPLOOM_UNROLL
@@ -65,8 +67,7 @@ WARPLOOM_DEVICE void store_params(const CouplingOptions& options, const Coupling
     }
     store_packed(shifts, pack_floats<T>(t));
     if (raw_scale.data != nullptr) {
-        store_packed(address_in<T>(raw_scale, sample, place.slot, place.slot_pixel),
-                     pack_floats<T>(u));
+        store_packed(address_in<T>(raw_scale, sample, place.slot, pixel), pack_floats<T>(u));
     }
 }
 
@@ -129,7 +130,7 @@ WARPLOOM_DEVICE void load_maps(const CouplingOptions& options, const CouplingVie
     });
     WARPLOOM_UNROLL
     for (int index = 0; index < kVector; ++index) {
-        const std::int64_t slot = place.slot + (options.channels_last ? index : 0);
+        const int slot = place.slot + (options.channels_last ? index : 0);
         const float weight = weights == nullptr ? 1.0f : weights[slot];
         maps.shifts[index] *= static_cast<float>(options.shift_sign) * params_scale;
         maps.slopes[index] *= weight;

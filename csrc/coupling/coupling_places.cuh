@@ -11,13 +11,14 @@
 
 namespace warploom::coupling {
 
-// Threads take kVector neighbours of a line at a time.
-template <typename Element_, int kVector_>
+// Threads take kVector neighbours of a line at a time. The loads of one iteration do not overlap
+// with those of the next, so other warps keep the memory busy: as many blocks as have registers.
+template <typename Element_, int kVector_, int kBlocks_>
 struct CouplingTraits {
     using Element = Element_;
     static constexpr int kVector = kVector_;
     static constexpr int kThreads = 256;
-    static constexpr int kBlocksPerMultiprocessor = kVector == 1 ? 3 : 2;
+    static constexpr int kBlocksPerMultiprocessor = kBlocks_;
 };
 
 // A sample is cut into tiles of so many elements, whatever the vectors: its sums are cut so, too.
@@ -44,13 +45,15 @@ inline CouplingGrid grid_of(const CouplingOptions& options, int block_threads) {
             .sample_threads = threads <= device::kWarpSize ? threads : block_threads};
 }
 
-// The vectors of one thread begin at the elements begin, begin + step, ... < end of its sample.
+// The vectors of one thread begin at the elements first + begin, first + begin + step, ... of its
+// sample, before first + end.
 struct Share {
     std::int64_t sample;
     std::int64_t tile;
-    std::int64_t begin;
-    std::int64_t end;
-    std::int64_t step;
+    std::int64_t first;
+    int begin;
+    int end;
+    int step;
 };
 
 // The samples past the last one have no elements.
@@ -62,26 +65,25 @@ WARPLOOM_DEVICE Share share_of_thread(const CouplingOptions& options, const Coup
     share.sample =
         block.quotient * (Traits::kThreads / grid.sample_threads) + thread / grid.sample_threads;
     share.tile = block.remainder;
-    share.begin = share.tile * kTile + (thread % grid.sample_threads) * Traits::kVector;
+    share.first = share.tile * kTile;
+    share.begin = (thread % grid.sample_threads) * Traits::kVector;
     const std::int64_t elements =
-        share.sample < options.batch ? options.channels * options.pixels : 0;
-    const std::int64_t tile_end = (share.tile + 1) * kTile;
-    share.end = tile_end < elements ? tile_end : elements;
-    share.step = static_cast<std::int64_t>(grid.sample_threads) * Traits::kVector;
+        share.sample < options.batch ? options.channels * options.pixels - share.first : 0;
+    share.end = static_cast<int>(elements < kTile ? elements : kTile);
+    share.step = grid.sample_threads * Traits::kVector;
     return share;
 }
 
 // kVector neighbours along a line, and their parameters, neighbours too.
 struct Place {
-    std::int64_t channel;  // of the first element
-    std::int64_t pixel;
-    std::int64_t slot;  // the channel and the pixel of the first element's parameters
-    std::int64_t slot_pixel;
+    std::int64_t pixel;  // of the first element
+    int channel;
+    int slot;        // the channel of the first element's parameters
     unsigned moved;  // bit i: element i is transformed
 };
 
 // The parameters' channel of a channel; not in [0, count) where it passes.
-WARPLOOM_DEVICE std::int64_t slot_of(const CouplingOptions& options, std::int64_t channel) {
+WARPLOOM_DEVICE int slot_of(const CouplingOptions& options, int channel) {
     switch (options.mask) {
         case CouplingMask::range:
             return channel - options.first;
@@ -93,9 +95,8 @@ WARPLOOM_DEVICE std::int64_t slot_of(const CouplingOptions& options, std::int64_
 }
 
 template <int kVector>
-WARPLOOM_DEVICE Place place_at(const CouplingOptions& options, std::int64_t channel,
-                               std::int64_t pixel) {
-    Place place{channel, pixel, slot_of(options, channel), pixel, 0};
+WARPLOOM_DEVICE Place place_at(const CouplingOptions& options, int channel, std::int64_t pixel) {
+    Place place{pixel, channel, slot_of(options, channel), 0};
     const bool along_channels = options.channels_last;
     switch (options.mask) {
         case CouplingMask::range:
@@ -120,9 +121,6 @@ WARPLOOM_DEVICE Place place_at(const CouplingOptions& options, std::int64_t chan
             const Division image = divide(pixel, options.width);
             std::int64_t row = image.quotient;
             std::int64_t column = image.remainder;
-            if (options.mask == CouplingMask::checkerboard_packed) {
-                place.slot_pixel = row * (options.width / 2) + column / 2;
-            }
             WARPLOOM_UNROLL
             for (int index = 0; index < kVector; ++index) {
                 const bool moved = ((row + column) & 1) == options.first;
@@ -137,15 +135,25 @@ WARPLOOM_DEVICE Place place_at(const CouplingOptions& options, std::int64_t chan
     return place;
 }
 
+// The pixel of the first element's parameters. Vectors have packed ones nowhere (allows_vectors).
+template <int kVector>
+WARPLOOM_DEVICE std::int64_t slot_pixel_of(const CouplingOptions& options, const Place& place) {
+    if (kVector > 1 || options.mask != CouplingMask::checkerboard_packed) {
+        return place.pixel;
+    }
+    const Division image = divide(place.pixel, options.width);
+    return image.quotient * (options.width / 2) + image.remainder / 2;
+}
+
 // Of the vector that begins at element `element` of a sample.
 template <int kVector>
 WARPLOOM_DEVICE Place place_of(const CouplingOptions& options, std::int64_t element) {
     if (options.channels_last) {
         const Division division = divide(element, options.channels);
-        return place_at<kVector>(options, division.remainder, division.quotient);
+        return place_at<kVector>(options, static_cast<int>(division.remainder), division.quotient);
     }
     const Division division = divide(element, options.pixels);
-    return place_at<kVector>(options, division.quotient, division.remainder);
+    return place_at<kVector>(options, static_cast<int>(division.quotient), division.remainder);
 }
 
 // The address of element (sample, channel, pixel) of a CouplingView or CouplingOutput.

@@ -16,6 +16,9 @@
 // On the CPU the large products are PyTorch's: `out` and `grad_x` come with x W^T and g W in them,
 // and the functions here do the rest in one pass. shrunk and grad_shrunk are wide where they are
 // read, and so are lora_a and the transpose of lora_b, [rank, cpu_factor_stride(columns)].
+//
+// On a GPU where lora_products_are_pytorchs_cuda(), all products are PyTorch's but those with a
+// quantised weight or a dropped x.
 #pragma once
 
 #include <cstdint>
@@ -189,6 +192,7 @@ WARPLOOM_DECLARE_CPU(lora_grad_shrunk_cpu, LoraGradShrunkParams)
 WARPLOOM_DECLARE_CPU(lora_grad_x_cpu, LoraGradXParams)
 WARPLOOM_DECLARE_CPU(lora_adapter_grad_cpu, LoraAdapterGradParams)
 WARPLOOM_DECLARE_CPU(dequantize_cpu, DequantizeParams)
+bool lora_products_are_pytorchs_cuda();
 void lora_shrink_cuda(const LoraShrinkParams& params, Stream stream);
 void lora_linear_cuda(const LoraLinearParams& params, Stream stream);
 void lora_scale_backward_cuda(const LoraScaleBackwardParams& params, Stream stream);

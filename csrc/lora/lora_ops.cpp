@@ -1,13 +1,32 @@
 // The seam of family lora's linear maps: checks -> Params -> launch.
 //
-// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block; grad_weight
-// and grad_bias are PyTorch's everywhere.
+// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block; on some GPUs
+// all products are, but for quantised weights and dropped inputs; grad_weight and grad_bias are
+// PyTorch's everywhere.
 #include <algorithm>
 
 #include "lora/checks.h"
 
 namespace warploom::lora {
 namespace {
+
+template <Backend backend>
+bool products_are_pytorchs(const Dropout& dropout) {
+    if constexpr (backend == Backend::kCuda) {
+        return dropout.seed == nullptr && lora_products_are_pytorchs_cuda();
+    }
+    return false;
+}
+
+template <Backend backend>
+bool products_are_pytorchs(const CheckedWeight& weight) {
+    return weight.weight.format == WeightFormat::dense && products_are_pytorchs<backend>(Dropout{});
+}
+
+// Half of an adapter where PyTorch multiplies with it.
+Tensor adapter_tensor(const Tensor& tensor, const Input& x) {
+    return torch::stable::to(tensor, x.type());
+}
 
 // Quantised weights on the CPU: visit(block, first, count) for all of a weight's rows, or of its
 // columns, `block` those of them, dequantised into memory that a cache holds and all blocks share.
@@ -76,7 +95,12 @@ Tensor shrink(Call<backend>& call, const Input& x, const Tensor& lora_a, const D
     params.rows = x.rows;
     params.in_features = x.columns;
     params.dtype = x.dtype;
-    if (params.rows > 0 && params.rank > 0) {
+    if (params.rows == 0 || params.rank == 0) {
+        return shrunk;
+    }
+    if (products_are_pytorchs<backend>(dropout)) {
+        multiply(x.tensor, transposed(adapter_tensor(lora_a, x)), shrunk);
+    } else {
         WARPLOOM_RUN(backend, call, lora_shrink, params)
     }
     return shrunk;
@@ -87,11 +111,18 @@ template <Backend backend>
 Tensor adapter_grad(Call<backend>& call, const Input& x, const Tensor& wide, const Tensor& narrow,
                     const Tensor& parameter, const Dropout& dropout, double scaling,
                     bool transposed) {
+    Tensor out = call.empty_like(parameter);
+    // A float32 gradient of 16-bit factors keeps its float32 sums.
+    if (products_are_pytorchs<backend>(dropout) && out.scalar_type() == x.type() &&
+        out.numel() > 0) {
+        multiply_scaled_cuda(warploom::transposed(transposed ? narrow : wide),
+                             transposed ? wide : narrow, scaling, out);
+        return out;
+    }
     LoraAdapterGradParams params{};
     params.rows = x.rows;
     params.columns = narrow_size(call, wide.size(1), "wide");
     params.rank = narrow_size(call, narrow.size(1), "narrow");
-    Tensor out = call.empty_like(parameter);
     const ScalarType type = call.statistics_type(x.dtype);
     Tensor sums =
         out.scalar_type() == type ? out : call.empty({parameter.size(0), parameter.size(1)}, type);
@@ -162,6 +193,22 @@ const void* column_scale_input(Call<backend>& call, const OptionalTensor& column
                                     : nullptr;
 }
 
+// out = column_scale unscaled, as the backward scales a gradient.
+template <Backend backend>
+void scale_columns(Call<backend>& call, const Input& x, const Tensor& unscaled,
+                   const void* column_scale, Tensor out) {
+    LoraScaleBackwardParams params{};
+    params.grad_out = call.input(unscaled, "unscaled");
+    params.unscaled = params.grad_out;
+    params.column_scale = column_scale;
+    params.grad = call.output(out, "out");
+    params.grad_row_stride = unscaled.stride(0);
+    params.rows = x.rows;
+    params.columns = narrow_size(call, unscaled.size(1), "unscaled");
+    params.dtype = x.dtype;
+    WARPLOOM_RUN(backend, call, lora_scale_backward, params)
+}
+
 template <Backend backend>
 std::tuple<Tensor, Tensor, Tensor> lora_linear(
     const Tensor& x, const Tensor& weight, const OptionalTensor& weight_scale,
@@ -203,12 +250,31 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(
     params.in_features = input.columns;
     params.out_features = checked.out_features;
     params.dtype = input.dtype;
-    if (out.numel() > 0) {
-        if constexpr (backend == Backend::kCpu) {
-            multiply_by_weight(call, input.tensor, checked, input, true, out);
-        }
-        WARPLOOM_RUN(backend, call, lora_linear, params)
+    if (out.numel() == 0) {
+        return {out, made, unscaled};
     }
+    if (products_are_pytorchs<backend>(checked) &&
+        !(column_scale.has_value() && bias.has_value())) {
+        Tensor sums = column_scale.has_value() ? unscaled : out;
+        if (bias.has_value()) {
+            multiply_add_cuda(*bias, input.tensor, transposed(checked.tensor), 1.0, sums);
+        } else {
+            multiply(input.tensor, transposed(checked.tensor), sums);
+        }
+        if (params.rank > 0) {
+            const Tensor& narrow = lora_a.has_value() ? made : *shrunk;
+            multiply_add_cuda(sums, narrow, transposed(adapter_tensor(*lora_b, input)), scaling,
+                              sums);
+        }
+        if (column_scale.has_value()) {
+            scale_columns(call, input, unscaled, params.column_scale, out);
+        }
+        return {out, made, unscaled};
+    }
+    if constexpr (backend == Backend::kCpu) {
+        multiply_by_weight(call, input.tensor, checked, input, true, out);
+    }
+    WARPLOOM_RUN(backend, call, lora_linear, params)
     return {out, made, unscaled};
 }
 
@@ -257,7 +323,12 @@ Tensor grad_of_shrunk(Call<backend>& call, const Input& x, const Tensor& grad, c
     params.rows = x.rows;
     params.out_features = static_cast<int>(grad.size(1));
     params.dtype = x.dtype;
-    if (grad_shrunk.numel() > 0) {
+    if (grad_shrunk.numel() == 0) {
+        return grad_shrunk;
+    }
+    if (products_are_pytorchs<backend>(Dropout{})) {
+        multiply_scaled_cuda(grad, adapter_tensor(lora_b, x), scaling, grad_shrunk);
+    } else {
         WARPLOOM_RUN(backend, call, lora_grad_shrunk, params)
     }
     return grad_shrunk;
@@ -336,7 +407,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
         params.in_features = input.columns;
         params.out_features = checked.out_features;
         params.dtype = input.dtype;
-        if (grad_x.numel() > 0) {
+        const bool by_pytorch = products_are_pytorchs<backend>(checked);
+        if (grad_x.numel() == 0) {
+            // No rows.
+        } else if (by_pytorch && params.rank > 0 && dropout.seed != nullptr) {
+            // The kernel draws what is kept of the update alone.
+            params.grad = nullptr;
+            params.out_features = 0;
+            WARPLOOM_RUN(backend, call, lora_grad_x, params)
+            multiply_add_cuda(grad_x, grad, checked.tensor, 1.0, grad_x);
+        } else if (by_pytorch) {
+            multiply(grad, checked.tensor, grad_x);
+            if (params.rank > 0) {
+                multiply_add_cuda(grad_x, grad_shrunk, adapter_tensor(*lora_a, input), 1.0, grad_x);
+            }
+        } else {
             if constexpr (backend == Backend::kCpu) {
                 multiply_by_weight(call, grad, checked, input, false, grad_x);
             }

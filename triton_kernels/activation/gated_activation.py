@@ -31,7 +31,11 @@ _TANH_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """sigmoid(x) and sigmoid(-x), the one as exact as the other: 1 - sigmoid(x) would be a unit of 1 off."""
+    power = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + power)
+    smaller = power * larger
+    return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
 
 
 @triton.jit
@@ -43,15 +47,15 @@ def activate(x, ACTIVATION: tl.constexpr):
     negative u. So act' = weight + x * weight'.
     """
     if ACTIVATION == "silu":
-        weight = _sigmoid(x)
-        slope = weight * (1.0 - weight)
+        weight, rest = _sigmoid(x)
+        slope = weight * rest
     elif ACTIVATION == "gelu":
         weight = 0.5 + 0.5 * tl.erf(x * _INVERSE_SQRT_2)
         slope = tl.exp(-0.5 * x * x) * _INVERSE_SQRT_2_PI
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh", "activation: silu, gelu or gelu_tanh")
-        weight = _sigmoid((x + x * x * x * _TANH_CUBIC) * _TANH_SCALE)
-        slope = weight * (1.0 - weight) * (1.0 + x * x * (3.0 * _TANH_CUBIC)) * _TANH_SCALE
+        weight, rest = _sigmoid((x + x * x * x * _TANH_CUBIC) * _TANH_SCALE)
+        slope = weight * rest * (1.0 + x * x * (3.0 * _TANH_CUBIC)) * _TANH_SCALE
     return x * weight, weight + x * slope
 
 

@@ -52,6 +52,32 @@ def dot(a, b, accumulator=None):
 
 
 @triton.jit
+def dot_of_rows(a, b):
+    """a @ b^T, accumulated in float32; a [M, K], b [N, K], of one dtype.
+
+    A float32 product of many columns is summed in four chains, for `dot`'s reason: of every fourth column.
+    """
+    if INTERPRETED or a.dtype != tl.float32 or a.shape[1] < 256:
+        return dot(a, tl.trans(b))
+    else:
+        a_even, a_odd = _alternate_columns(a)
+        b_even, b_odd = _alternate_columns(b)
+        return _dot_of_halves(a_even, b_even, _dot_of_halves(a_odd, b_odd, None))
+
+
+@triton.jit
+def _dot_of_halves(a, b, accumulator):
+    a_even, a_odd = _alternate_columns(a)
+    b_even, b_odd = _alternate_columns(b)
+    return dot(a_even, tl.trans(b_even), dot(a_odd, tl.trans(b_odd), accumulator))
+
+
+@triton.jit
+def _alternate_columns(x):
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
 def _cast_interpreted(x, dtype: tl.constexpr):
     if x.dtype == dtype:
         return x

@@ -24,7 +24,7 @@ from warploom.triton_kernels.common.launch import (
     persistent_programs,
     with_unit_last_stride,
 )
-from warploom.triton_kernels.common.numerics import cast, dot
+from warploom.triton_kernels.common.numerics import cast, dot, dot_of_rows
 from warploom.triton_kernels.mla.latent_rows import (
     as_kernels_see,
     cache_format,
@@ -124,7 +124,7 @@ def _decode_kernel(
         # [BLOCK_N, BLOCK_L]
         b_latent = load_latents(p_rows, key_mask, b_q.dtype, L, BLOCK_L, FORMAT)
         # [BLOCK_M, BLOCK_N]
-        b_score = dot(b_q, tl.trans(b_latent))
+        b_score = dot_of_rows(b_q, b_latent)
         if R > 0:
             # [BLOCK_N, BLOCK_R]
             b_rope = load_rope(p_rows, key_mask, b_q.dtype, L, R, BLOCK_R, FORMAT)

@@ -55,6 +55,10 @@ def _layer_norm_kernel(
     b_mean = tl.sum(b_x, axis=1, keep_dims=True) / N
     # The columns beyond N would count with (0 - mean)^2.
     b_centred = tl.where(mask, b_x - b_mean, 0.0)
+    # A mean far from 0 is off by the rounding of its sum: what is left in the deviations.
+    b_rest = tl.sum(b_centred, axis=1, keep_dims=True) / N
+    b_centred = tl.where(mask, b_centred - b_rest, 0.0)
+    b_mean += b_rest
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=1, keep_dims=True) / N + eps)
     b_out = b_centred * b_rstd * b_weight + b_bias
     tl.store(out_ptr + rows * N + columns, cast(b_out, out_ptr.dtype.element_ty), mask=mask)
