@@ -45,13 +45,42 @@ WARPLOOM_DEVICE void add_to_maxima(const SpatialPyramidPoolBackwardParams& param
     }
 }
 
-// Each bin's gradient in equal parts to its window: what a cell gets of all bins, to its pixels.
+// What the pixels of cell (band, cell) get: of each bin that covers it an equal part of its
+// gradient.
+template <typename T>
+WARPLOOM_DEVICE float share_of_cell(const SpatialPyramidPoolBackwardParams& params,
+                                    const T* grad_out, std::int64_t channel, int band, int cell,
+                                    const TilePlan& plan) {
+    float share = 0.0f;
+    BinWindows before{0, 0};
+    for (int place = 0; place < params.level_count; ++place) {
+        const PyramidLevel& level = params.levels[place];
+        const T* grads = grad_out + level.offset + channel * level.channel_stride;
+        for (int row = 0; row < level.rows; ++row) {
+            if (!covers(plan.rows, before.row + row, band)) {
+                continue;
+            }
+            const auto height = static_cast<float>(plan.rows.windows[before.row + row].span);
+            for (int column = 0; column < level.columns; ++column) {
+                if (covers(plan.columns, before.column + column, cell)) {
+                    const auto width =
+                        static_cast<float>(plan.columns.windows[before.column + column].span);
+                    share += to_float(grads[row * level.columns + column]) / (height * width);
+                }
+            }
+        }
+        before.row += level.rows;
+        before.column += level.columns;
+    }
+    return share;
+}
+
+// Each bin's gradient in equal parts to its window.
 template <typename T>
 WARPLOOM_DEVICE void add_to_windows(const SpatialPyramidPoolBackwardParams& params,
                                     const PoolRegion& region, std::int64_t index,
                                     std::int64_t channel, std::int64_t begin, TilePlan& plan) {
     const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
-    const int bins = bin_count(params);
     for (int band = 0; band + 1 < plan.rows.cut_count; ++band) {
         const std::int64_t first_row = plan.rows.cuts[band];
         const std::int64_t last_row = plan.rows.cuts[band + 1];
@@ -59,23 +88,7 @@ WARPLOOM_DEVICE void add_to_windows(const SpatialPyramidPoolBackwardParams& para
             continue;
         }
         for (int cell = 0; cell + 1 < plan.columns.cut_count; ++cell) {
-            float share = 0.0f;
-            for (int number = 0; number < bins; ++number) {
-                visit_bin(
-                    params, number,
-                    [&](const PyramidLevel& level, int bin, const BinWindows& windows) {
-                        if (covers(plan.rows, windows.row, band) &&
-                            covers(plan.columns, windows.column, cell)) {
-                            const float area =
-                                static_cast<float>(plan.rows.windows[windows.row].span) *
-                                static_cast<float>(plan.columns.windows[windows.column].span);
-                            share +=
-                                to_float(
-                                    grad_out[level.offset + channel * level.channel_stride + bin]) /
-                                area;
-                        }
-                    });
-            }
+            const float share = share_of_cell(params, grad_out, channel, band, cell, plan);
             for (std::int64_t row = first_row; row < last_row; ++row) {
                 const std::int64_t left = row * region.pitch - begin;
                 const int first = clip(left + plan.columns.cuts[cell], kGradientTile);
