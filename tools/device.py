@@ -102,7 +102,7 @@ def parallel() -> list[str]:
     """pytest's options for several processes on one GPU, and an end for a kernel that hangs."""
     options = []
     if importlib.util.find_spec("xdist"):
-        options += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        options += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadgroup"]
         options += ["--max-worker-restart", "200"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "120", "--timeout-method", "thread"]

@@ -17,6 +17,13 @@ INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
+def mean(total, count):
+    """total / count, float32, rounded to nearest. `/` is up to two units off on a GPU, where even x / 1 need
+    not be x."""
+    return tl.div_rn(total, tl.cast(count, tl.float32))
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """Converts x to `dtype`, rounding to nearest, ties to even; infinities and NaN survive."""
     if INTERPRETED:

@@ -15,7 +15,7 @@ from warploom.triton_kernels.common.launch import (
     persistent_programs,
     why_not_tensors,
 )
-from warploom.triton_kernels.common.numerics import cast
+from warploom.triton_kernels.common.numerics import cast, mean
 from warploom.triton_kernels.common.reduce import sum_partials
 from warploom.triton_kernels.norm.row_tiles import (
     PROGRAMS_PER_MULTIPROCESSOR,
@@ -52,14 +52,14 @@ def _layer_norm_kernel(
     b_weight = cast(tl.load(weight_ptr + columns, mask=columns < N, other=0.0), tl.float32)
     b_bias = cast(tl.load(bias_ptr + columns, mask=columns < N, other=0.0), tl.float32)
     # [BLOCK_M, 1]
-    b_mean = tl.sum(b_x, axis=1, keep_dims=True) / N
+    b_mean = mean(tl.sum(b_x, axis=1, keep_dims=True), N)
     # The columns beyond N would count with (0 - mean)^2.
     b_centred = tl.where(mask, b_x - b_mean, 0.0)
     # A mean far from 0 is off by the rounding of its sum: what is left in the deviations.
-    b_rest = tl.sum(b_centred, axis=1, keep_dims=True) / N
+    b_rest = mean(tl.sum(b_centred, axis=1, keep_dims=True), N)
     b_centred = tl.where(mask, b_centred - b_rest, 0.0)
     b_mean += b_rest
-    b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, axis=1, keep_dims=True) / N + eps)
+    b_rstd = tl.rsqrt(mean(tl.sum(b_centred * b_centred, axis=1, keep_dims=True), N) + eps)
     b_out = b_centred * b_rstd * b_weight + b_bias
     tl.store(out_ptr + rows * N + columns, cast(b_out, out_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + rows, b_mean, mask=rows < M)
@@ -107,8 +107,8 @@ def _layer_norm_backward_kernel(
         # Columns beyond N have a nonzero b_normal, but their b_grad_out and b_g are 0.
         b_normal = (b_x - b_mean) * b_rstd
         b_g = b_grad_out * b_weight
-        b_mean_g = tl.sum(b_g, axis=1, keep_dims=True) / N
-        b_mean_g_normal = tl.sum(b_g * b_normal, axis=1, keep_dims=True) / N
+        b_mean_g = mean(tl.sum(b_g, axis=1, keep_dims=True), N)
+        b_mean_g_normal = mean(tl.sum(b_g * b_normal, axis=1, keep_dims=True), N)
         b_grad_x = b_rstd * (b_g - b_mean_g - b_normal * b_mean_g_normal)
         p_grad_x = grad_x_ptr + rows * N + columns
         tl.store(p_grad_x, cast(b_grad_x, grad_x_ptr.dtype.element_ty), mask=mask)

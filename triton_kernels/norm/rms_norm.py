@@ -15,7 +15,7 @@ from warploom.triton_kernels.common.launch import (
     persistent_programs,
     why_not_tensors,
 )
-from warploom.triton_kernels.common.numerics import cast
+from warploom.triton_kernels.common.numerics import cast, mean
 from warploom.triton_kernels.common.reduce import sum_partials
 from warploom.triton_kernels.norm.row_tiles import (
     PROGRAMS_PER_MULTIPROCESSOR,
@@ -60,7 +60,7 @@ def _rms_norm_kernel(
     # [1, BLOCK_N]
     b_weight = cast(tl.load(weight_ptr + columns, mask=columns < N, other=0.0), tl.float32)
     # [BLOCK_M, 1]
-    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1, keep_dims=True) / N + eps)
+    b_rstd = tl.rsqrt(mean(tl.sum(b_x * b_x, axis=1, keep_dims=True), N) + eps)
     b_out = b_x * b_rstd * b_weight
     tl.store(out_ptr + rows * N + columns, cast(b_out, out_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + rows, b_rstd, mask=rows < M)
@@ -104,7 +104,7 @@ def _rms_norm_backward_kernel(
         b_rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
         b_normal = b_x * b_rstd
         b_g = b_grad_out * b_weight
-        b_mean = tl.sum(b_g * b_normal, axis=1, keep_dims=True) / N
+        b_mean = mean(tl.sum(b_g * b_normal, axis=1, keep_dims=True), N)
         b_grad_x = b_rstd * (b_g - b_normal * b_mean)
         if grad_sum_ptr is not None:
             # [BLOCK_M, BLOCK_N]
