@@ -23,17 +23,22 @@ struct Held {
 template <Reduction kReduction, typename W>
 constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
 
-// Pixels come in order: of equal ones the first stays, of NaN the last.
-template <Reduction kReduction, typename Values, typename Places>
+// Pixels come in order: of equal ones the first stays, of NaN the last. A maximum of numbers alone
+// is one instruction.
+template <Reduction kReduction, bool kMayBeNan = true, typename Values, typename Places>
 inline void take(Values value, Places place, Values& held, Places& held_place) {
-    if constexpr (kReduction == Reduction::sum) {
-        held += value;
-    } else {
-        const auto is_taken = (value > held) | (value != value);
+    const auto take_where = [&](auto is_taken) {
         held = is_taken ? value : held;
         if constexpr (kReduction == Reduction::indexed_max) {
             held_place = is_taken ? place : held_place;
         }
+    };
+    if constexpr (kReduction == Reduction::sum) {
+        held += value;
+    } else if constexpr (kMayBeNan) {
+        take_where((value > held) | (value != value));
+    } else {
+        take_where(value > held);
     }
 }
 

@@ -13,6 +13,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
 #include "spp/held_cpu.h"
@@ -21,6 +25,30 @@
 
 namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
+
+// Bytes of an output of which little remains in the caches until it is read.
+constexpr std::int64_t kLargeOutput = 12 << 20;
+constexpr std::int64_t kLine = 64;
+
+// Writes whole lines of memory past the caches, which would first read them.
+template <typename T>
+inline void store_past_cache(T* to, const T* from, std::int64_t count) {
+#if defined(__AVX__)
+    for (std::int64_t at = 0; at < count; at += sizeof(__m256i) / sizeof(T)) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at)));
+    }
+#else
+    std::copy_n(from, count, to);
+#endif
+}
+
+// Before another thread may read what was written so.
+inline void finish_past_cache() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
 
 // Pixels that are asked for ahead: their distance is too long for the processor to guess.
 constexpr std::int64_t kPixelsAhead = 16;
@@ -32,38 +60,49 @@ struct Channels {
     std::int64_t pixel_stride;
     std::int64_t lanes;
 
-    // Calls body(pixel, element) for a row's pixels and lanes.
-    template <typename Body>
-    void for_each(std::int64_t y, std::int64_t width, Body body) const {
-        for (std::int64_t x = 0; x < width; ++x) {
-            T* const pixel = first + (y * width + x) * pixel_stride;
-            if (lanes == kLanes) {
-#pragma omp simd
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    body(x * kLanes + lane, pixel[lane]);
-                }
-            } else {
-                for (std::int64_t lane = 0; lane < lanes; ++lane) {
-                    body(x * kLanes + lane, pixel[lane]);
-                }
-            }
-        }
+    Channels operator+(std::int64_t channels) const {
+        return {first + channels, pixel_stride, lanes};
     }
+    T* pixel(std::int64_t index) const { return first + index * pixel_stride; }
 };
 
 template <int kLanes, typename T, typename W>
 inline void load_row(const Channels<const T, kLanes>& from, std::int64_t y, std::int64_t width,
                      W* to) {
-    for (std::int64_t x = 0; x < width; ++x) {
-        prefetch(from.first + (y * width + x + kPixelsAhead) * from.pixel_stride, kLanes);
+    for (std::int64_t x = 0; x < width; ++x, to += kLanes) {
+        const T* const pixel = from.pixel(y * width + x);
+        prefetch(from.pixel(y * width + x + kPixelsAhead), kLanes);
+        if (from.lanes == kLanes) {
+#pragma omp simd
+            for (int lane = 0; lane < kLanes; ++lane) {
+                to[lane] = widen(pixel[lane]);
+            }
+        } else {
+            for (std::int64_t lane = 0; lane < from.lanes; ++lane) {
+                to[lane] = widen(pixel[lane]);
+            }
+        }
     }
-    from.for_each(y, width, [=](std::int64_t at, const T& element) { to[at] = widen(element); });
 }
 
 template <int kLanes, typename T, typename W>
-inline void store_row(const Channels<T, kLanes>& to, std::int64_t y, std::int64_t width,
-                      const W* from) {
-    to.for_each(y, width, [=](std::int64_t at, T& element) { element = narrow<T>(from[at]); });
+inline void store_row(const Channels<T, kLanes>& to, bool past_cache, std::int64_t y,
+                      std::int64_t width, const W* from) {
+    for (std::int64_t x = 0; x < width; ++x, from += kLanes) {
+        T* const pixel = to.pixel(y * width + x);
+        alignas(kLine) T numbers[kLanes];
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) {
+            numbers[lane] = narrow<T>(from[lane]);
+        }
+        if (past_cache) {
+            store_past_cache(pixel, numbers, kLanes);
+        } else if (to.lanes == kLanes) {
+            __builtin_memcpy(pixel, numbers, sizeof(numbers));
+        } else {
+            std::copy_n(numbers, to.lanes, pixel);
+        }
+    }
 }
 
 // The cells of an axis that a window, or what windows send to a cell, comes from.
@@ -91,16 +130,42 @@ inline void store_vector(W* to, const Vector<W>& vector) {
     __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// The maximum of cells `stride` numbers apart and, unless null, which it is, from `number` on.
-template <bool kPlaced, typename W, typename Count>
-inline void pool_cells(const W* cells, std::int64_t stride, Count count, std::int64_t number,
-                       W* maximum, W* place) {
+// Whether there is a NaN among `count` numbers, which are whole vectors.
+template <typename W>
+inline bool holds_nan(const W* numbers, std::int64_t count) {
+    Indices<W> found{};
+    for (std::int64_t at = 0; at < count; at += kSide<W>) {
+        const Vector<W> vector = load_vector(numbers + at);
+        found |= vector != vector;
+    }
+    bool holds = false;
+    for (int lane = 0; lane < kSide<W>; ++lane) {
+        holds |= found[lane] != 0;
+    }
+    return holds;
+}
+
+// Calls body(whether, as a constant).
+template <typename Body>
+inline void visit_flag(bool flag, Body body) {
+    if (flag) {
+        body(std::true_type());
+    } else {
+        body(std::false_type());
+    }
+}
+
+// The maximum of cells `stride` numbers apart and, if kPlaced, which it is, from `number` on.
+template <bool kPlaced, typename MayBeNan, typename W, typename Count>
+inline void pool_cells(MayBeNan, const W* cells, std::int64_t stride, Count count,
+                       std::int64_t number, W* maximum, W* place) {
     constexpr Reduction kReduction = kPlaced ? Reduction::indexed_max : Reduction::max;
     Vector<W> held = load_vector(cells);
     Vector<W> held_place = Vector<W>{} + static_cast<W>(number);
     for (std::int64_t cell = 1; cell < count; ++cell) {
-        take<kReduction>(load_vector(cells + cell * stride),
-                         Vector<W>{} + static_cast<W>(number + cell), held, held_place);
+        take<kReduction, MayBeNan::value>(load_vector(cells + cell * stride),
+                                          Vector<W>{} + static_cast<W>(number + cell), held,
+                                          held_place);
     }
     store_vector(maximum, held);
     if constexpr (kPlaced) {
@@ -138,28 +203,32 @@ struct Cascade {
 
     // Along a row, and the columns of the maxima.
     template <bool kPlaced>
-    void pool_row(const W* row, W* maxima, W* columns) const {
-        for (std::int64_t x = 0; x < width; ++x) {
-            const Reach reach(x, radius, width);
-            reach.visit([&](auto count) {
-                for (int lane = 0; lane < kLanes; lane += kSide<W>) {
-                    const std::int64_t at = x * kLanes + lane;
-                    pool_cells<kPlaced>(row + reach.begin * kLanes + lane, kLanes, count,
-                                        reach.begin, maxima + at, columns + at);
-                }
-            });
-        }
+    void pool_row(bool has_nan, const W* row, W* maxima, W* columns) const {
+        visit_flag(has_nan, [&](auto may_be_nan) {
+            for (std::int64_t x = 0; x < width; ++x) {
+                const Reach reach(x, radius, width);
+                reach.visit([&](auto count) {
+                    for (int lane = 0; lane < kLanes; lane += kSide<W>) {
+                        const std::int64_t at = x * kLanes + lane;
+                        pool_cells<kPlaced>(may_be_nan, row + reach.begin * kLanes + lane, kLanes,
+                                            count, reach.begin, maxima + at, columns + at);
+                    }
+                });
+            }
+        });
     }
 
     // Along the columns, of the windows of row `y`, and the rows of the maxima.
     template <bool kPlaced>
-    void pool_columns(const W* plane, std::int64_t y, W* maxima, W* rows) const {
+    void pool_columns(bool has_nan, const W* plane, std::int64_t y, W* maxima, W* rows) const {
         const Reach reach(y, radius, height);
-        reach.visit([&](auto count) {
-            for (std::int64_t at = 0; at < pitch; at += kSide<W>) {
-                pool_cells<kPlaced>(plane + reach.begin * pitch + at, pitch, count, reach.begin,
-                                    maxima + at, rows + at);
-            }
+        visit_flag(has_nan, [&](auto may_be_nan) {
+            reach.visit([&](auto count) {
+                for (std::int64_t at = 0; at < pitch; at += kSide<W>) {
+                    pool_cells<kPlaced>(may_be_nan, plane + reach.begin * pitch + at, pitch, count,
+                                        reach.begin, maxima + at, rows + at);
+                }
+            });
         });
     }
 
@@ -192,10 +261,12 @@ struct Cascade {
 
     template <typename T>
     [[gnu::flatten]] void forward(const Channels<const T, kLanes>& x,
-                                  const Channels<T, kLanes>& out, std::int64_t channels,
-                                  W* workspace) const {
+                                  const Channels<T, kLanes>& out, bool past_cache,
+                                  std::int64_t channels, W* workspace) const {
         W* const row = workspace;
         W* const row_maxima = workspace + pitch;
+        std::fill_n(row, pitch, W{0});
+        bool has_nan = false;
         for (std::int64_t time = 0; time < height + kSppfStages * radius; ++time) {
             for (std::int64_t stage = 0; stage < kSppfSlices; ++stage) {
                 const std::int64_t y = time - stage * radius;
@@ -204,14 +275,13 @@ struct Cascade {
                 }
                 if (stage == 0) {
                     load_row(x, y, width, row);
+                    has_nan |= holds_nan(row, pitch);
                 } else {
-                    pool_columns<false>(row_maxima + (stage - 1) * size(), y, row, row);
+                    pool_columns<false>(has_nan, row_maxima + (stage - 1) * size(), y, row, row);
                 }
-                const Channels<T, kLanes> slice{out.first + stage * channels, out.pixel_stride,
-                                                out.lanes};
-                store_row(slice, y, width, row);
+                store_row(out + stage * channels, past_cache, y, width, row);
                 if (stage < kSppfStages) {
-                    pool_row<false>(row, row_maxima + stage * size() + y * pitch, row);
+                    pool_row<false>(has_nan, row, row_maxima + stage * size() + y * pitch, row);
                 }
             }
         }
@@ -228,34 +298,31 @@ struct Cascade {
         W* const rows = columns + size();
         W* grads = rows + size();  // of what a stage returned
         W* next = grads + size();  // of what it was given
-        const auto load_slice = [&](const Channels<const T, kLanes>& from, std::int64_t slice,
-                                    std::int64_t y, W* to) {
-            load_row(Channels<const T, kLanes>{from.first + slice * channels, from.pixel_stride,
-                                               from.lanes},
-                     y, width, to);
-        };
+        std::fill_n(row, pitch, W{0});
+        bool has_nan = false;
         for (std::int64_t y = 0; y < height; ++y) {
-            load_slice(grad_out, kSppfStages, y, grads + y * pitch);
+            load_row(grad_out + kSppfStages * channels, y, width, grads + y * pitch);
         }
         for (std::int64_t slice = kSppfStages - 1; slice >= 0; --slice) {
             for (std::int64_t time = 0; time < height + 2 * radius; ++time) {
                 if (const std::int64_t y = time; has_row(y)) {
-                    load_slice(out, slice, y, row);
-                    pool_row<true>(row, row_maxima + y * pitch, columns + y * pitch);
+                    load_row(out + slice * channels, y, width, row);
+                    has_nan |= holds_nan(row, pitch);
+                    pool_row<true>(has_nan, row, row_maxima + y * pitch, columns + y * pitch);
                 }
                 if (const std::int64_t y = time - radius; has_row(y)) {
-                    pool_columns<true>(row_maxima, y, row, rows + y * pitch);
+                    pool_columns<true>(has_nan, row_maxima, y, row, rows + y * pitch);
                 }
                 if (const std::int64_t y = time - 2 * radius; has_row(y)) {
                     gather_rows(grads, rows, y, row);
-                    load_slice(grad_out, slice, y, next + y * pitch);
+                    load_row(grad_out + slice * channels, y, width, next + y * pitch);
                     add_columns(row, columns + y * pitch, next + y * pitch);
                 }
             }
             std::swap(grads, next);
         }
         for (std::int64_t y = 0; y < height; ++y) {
-            store_row(grad_x, y, width, grads + y * pitch);
+            store_row(grad_x, false, y, width, grads + y * pitch);
         }
     }
 };
@@ -287,6 +354,11 @@ void forward_channels(const SppfParams& params) {
     const Cascade<W, kLanes> cascade(shape);
     const std::int64_t pixels = static_cast<std::int64_t>(shape.height) * shape.width;
     const std::int64_t stride = kSppfSlices * static_cast<std::int64_t>(shape.channels);
+    const auto is_of_lines = [](std::uint64_t bytes) { return bytes % kLine == 0; };
+    const bool past_cache = is_of_lines(reinterpret_cast<std::uintptr_t>(params.out)) &&
+                            is_of_lines(shape.channels * sizeof(T)) &&
+                            is_of_lines(kLanes * sizeof(T)) &&
+                            shape.batch * pixels * stride * std::int64_t{sizeof(T)} >= kLargeOutput;
     for_each_channels<W, kLanes>(
         shape, params.workspace,
         [&](std::int64_t image, std::int64_t channel, std::int64_t lanes, W* workspace) {
@@ -294,7 +366,9 @@ void forward_channels(const SppfParams& params) {
                 static_cast<const T*>(params.x) + image * pixels * shape.channels + channel;
             T* out = static_cast<T*>(params.out) + image * pixels * stride + channel;
             cascade.forward(Channels<const T, kLanes>{x, shape.channels, lanes},
-                            Channels<T, kLanes>{out, stride, lanes}, shape.channels, workspace);
+                            Channels<T, kLanes>{out, stride, lanes}, past_cache && lanes == kLanes,
+                            shape.channels, workspace);
+            finish_past_cache();
         });
 }
 

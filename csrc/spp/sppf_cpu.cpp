@@ -109,10 +109,7 @@ struct Planes {
     Cells<W> row_maxima;  // one row, of windows
 
     Planes(const SppfShape& shape, const SppfWorkspace& workspace, std::int64_t part, bool indexed)
-        : height(shape.height),
-          radius(shape.radius),
-          row(shape.width),
-          pitch(row + radius) {
+        : height(shape.height), radius(shape.radius), row(shape.width), pitch(row + radius) {
         padded.values = static_cast<W*>(workspace.values) + part * workspace.values_per_part;
         padded.indices = indexed ? workspace.indices + part * workspace.indices_per_part : nullptr;
         columns = padded + (radius + height * pitch + kBlock);
@@ -133,8 +130,7 @@ struct Planes {
     template <bool kIndexed, typename Finish>
     void pool(Finish finish) const {
         const std::int64_t window = 2 * radius + 1;
-        pool_blocks<kIndexed>(columns + radius * pitch, padded, height * pitch - radius, window,
-                              1);
+        pool_blocks<kIndexed>(columns + radius * pitch, padded, height * pitch - radius, window, 1);
         for (std::int64_t y = 0; y < height; ++y) {
             pool_blocks<kIndexed>(row_maxima, columns + y * pitch, row, window, pitch);
             finish(y);
