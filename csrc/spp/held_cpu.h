@@ -43,7 +43,7 @@ inline void take(Values value, Places place, Values& held, Places& held_place) {
 }
 
 // The same of pixels that come in any order: `to` of `held` and `from`, it may be either.
-template <Reduction kReduction, typename W, int kLanes>
+template <Reduction kReduction, bool kMayBeNan = true, typename W, int kLanes>
 inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, Held<W, kLanes>& to) {
     for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
         const Vector<W> a = held.values[part];
@@ -51,12 +51,16 @@ inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, He
         if constexpr (kReduction == Reduction::sum) {
             to.values[part] = a + b;
         } else if constexpr (kReduction == Reduction::max) {
-            to.values[part] = ((b > a) | (b != b)) ? b : a;
+            to.values[part] = a;
+            Indices<W> place{};
+            take<kReduction, kMayBeNan>(b, place, to.values[part], place);
         } else {
             const Indices<W> place_a = held.places[part];
             const Indices<W> place_b = from.places[part];
-            const auto is_taken = (b > a) | ((b == a) & (place_b < place_a)) |
-                                  ((b != b) & ((a == a) | (place_b > place_a)));
+            auto is_taken = (b > a) | ((b == a) & (place_b < place_a));
+            if constexpr (kMayBeNan) {
+                is_taken |= (b != b) & ((a == a) | (place_b > place_a));
+            }
             to.values[part] = is_taken ? b : a;
             to.places[part] = is_taken ? place_b : place_a;
         }

@@ -65,13 +65,17 @@ inline void transpose(Rows* rows) {
 
 template <typename T, typename W = Wide<T>>
 inline Vector<W> load_vector(const T* from) {
-    W numbers[kSide<W>];
-#pragma omp simd
-    for (int lane = 0; lane < kSide<W>; ++lane) {
-        numbers[lane] = widen(from[lane]);
-    }
     Vector<W> vector;
-    __builtin_memcpy(&vector, numbers, sizeof(vector));
+    if constexpr (std::is_same_v<T, W>) {
+        __builtin_memcpy(&vector, from, sizeof(vector));
+    } else {
+        W numbers[kSide<W>];
+#pragma omp simd
+        for (int lane = 0; lane < kSide<W>; ++lane) {
+            numbers[lane] = widen(from[lane]);
+        }
+        __builtin_memcpy(&vector, numbers, sizeof(vector));
+    }
     return vector;
 }
 
