@@ -28,28 +28,45 @@ struct Planes {
     std::int64_t rest;  // from the first of these planes to the last of the image
 };
 
-// A vector of which `rest` elements may be read.
-template <typename T>
-inline Vector<Wide<T>> load_part(const T* from, std::int64_t rest) {
-    if (rest >= kSide<Wide<T>>) {
-        return load_vector(from);
+// Calls body(place, vector) for rows [begin, end) of plane `lane` from column `left` on, which is
+// number `place` of it. What is loaded beyond a row is of the next ones, or behind the image zeros.
+template <typename T, typename Body>
+inline void for_each_row(const Planes<T>& planes, int lane, int begin, int end, int left,
+                         Body body) {
+    constexpr std::int64_t kBlock = kSide<Wide<T>>;
+    const std::int64_t stride = planes.row_stride;
+    const std::int64_t plane = lane * planes.channel_stride + left;
+    const T* from = planes.first + plane + begin * stride;
+    if (plane + (end - 1) * stride + kBlock <= planes.rest) {
+        for (int row = begin; row < end; ++row, from += stride) {
+            body(row, load_vector(from));
+        }
+        return;
     }
-    T numbers[kSide<Wide<T>>] = {};
-    std::copy_n(from, rest, numbers);
-    return load_vector(numbers);
+    for (int row = begin; row < end; ++row, from += stride) {
+        T numbers[kBlock] = {};
+        std::copy_n(from, std::min(planes.rest - (from - planes.first), kBlock), numbers);
+        body(row, load_vector(numbers));
+    }
 }
 
-// Whether there may be a NaN in the windows: there is none where the sum is a number.
+// Whether there may be a NaN in the windows: there is none where the sum is a number. Asks for the
+// next planes.
 template <typename T>
-inline bool may_hold_nan(const Planes<T>& planes, const Grid& grid) {
+[[gnu::flatten]] bool may_hold_nan(const Planes<T>& planes, const Grid& grid) {
     using W = Wide<T>;
+    const int begin = grid.rows.cuts[0];
+    const int end = grid.rows.cuts[grid.rows.cut_count - 1];
+    const int left = grid.columns.cuts[0];
     Vector<W> sum{};
     for (int lane = 0; lane < planes.lanes; ++lane) {
-        const std::int64_t first = lane * planes.channel_stride + grid.columns.cuts[0];
-        for (int row = 0; row < grid.rows.cuts[grid.rows.cut_count - 1]; ++row) {
-            const std::int64_t at = first + row * planes.row_stride;
-            sum += load_part(planes.first + at, planes.rest - at);
-        }
+        Vector<W> lane_sum{};
+        const T* next = planes.first + (lane + kPlanes) * planes.channel_stride + left;
+        for_each_row(planes, lane, begin, end, left, [&](int row, const Vector<W>& vector) {
+            __builtin_prefetch(next + row * planes.row_stride, 0, 2);
+            lane_sum += vector;
+        });
+        sum += lane_sum;
     }
     bool holds = false;
     for (int lane = 0; lane < kSide<W>; ++lane) {
@@ -69,15 +86,12 @@ inline void reduce_window(const Planes<T>& planes, int first_lane, int begin, in
     }
     const int lanes = std::min(planes.lanes - first_lane, kBlock);
     for (int i = 0; i < lanes; ++i) {
-        std::int64_t at =
-            (first_lane + i) * planes.channel_stride + begin * planes.row_stride + left;
-        Vector<W> held = load_part(planes.first + at, planes.rest - at);
+        Vector<W> held = Vector<W>{} + kNothing<kReduction, W>;
         Indices<W> place = Indices<W>{} + begin * planes.pitch;
-        for (int row = begin + 1; row < end; ++row) {
-            at += planes.row_stride;
-            take<kReduction, kMayBeNan>(load_part(planes.first + at, planes.rest - at),
-                                        Indices<W>{} + row * planes.pitch, held, place);
-        }
+        for_each_row(
+            planes, first_lane + i, begin, end, left, [&](int row, const Vector<W>& vector) {
+                take<kReduction, kMayBeNan>(vector, Indices<W>{} + row * planes.pitch, held, place);
+            });
         values[i] = held;
         places[i] = place;
     }
