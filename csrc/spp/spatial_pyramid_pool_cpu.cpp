@@ -79,11 +79,14 @@ inline void turn_row(const Planes<T>& planes, std::int64_t first, int count, W (
     }
 }
 
-// The same as reduce_rows as vectors of planes.
-template <typename T, Reduction kReduction, int kLanes, typename W = Wide<T>>
-void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int count,
-                   Held<W, kLanes>* columns) {
+// The same as reduce_rows as vectors of planes. Returns whether the result holds: not where a NaN
+// may have been taken for a number, which there is none of where the sum is a number.
+template <typename T, Reduction kReduction, bool kMayBeNan, int kLanes, typename W = Wide<T>>
+[[gnu::flatten]] bool reduce_pixels(const Planes<T>& planes, int begin, int end, int column,
+                                    int count, Held<W, kLanes>* columns) {
     constexpr int kVectors = Held<W, kLanes>::kVectors;
+    constexpr int kSums = 4;
+    Vector<W> sums[kSums] = {};
     alignas(kVectorBytes) W buffer[kColumns<kLanes> + 2 * kSide<W>][kLanes];
     W(*const turned)[kLanes] = buffer + kSide<W>;
     const bool is_dense = planes.channel_stride == 1 && planes.lanes == kLanes;
@@ -100,10 +103,15 @@ void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int 
         const std::int64_t first = row * planes.row_stride + column * planes.pixel_stride;
         const int place = row * planes.pitch + column;
         const auto take_pixel = [&](int index, const auto* pixel) {
+#pragma GCC unroll 16
             for (int part = 0; part < kVectors; ++part) {
-                take<kReduction>(load_vector(pixel + part * kSide<W>),
-                                 Indices<W>{} + (place + index), columns[index].values[part],
-                                 columns[index].places[part]);
+                const Vector<W> vector = load_vector(pixel + part * kSide<W>);
+                if constexpr (!kMayBeNan) {
+                    sums[part % kSums] += vector;
+                }
+                take<kReduction, kMayBeNan>(vector, Indices<W>{} + (place + index),
+                                            columns[index].values[part],
+                                            columns[index].places[part]);
             }
         };
         if (is_dense) {
@@ -119,6 +127,12 @@ void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int 
             }
         }
     }
+    const Vector<W> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    bool holds = true;
+    for (int lane = 0; lane < kSide<W>; ++lane) {
+        holds &= sum[lane] == sum[lane];
+    }
+    return holds;
 }
 
 // The cells of one band of rows: cells[c] of columns from cut c to cut c + 1.
@@ -134,7 +148,12 @@ void reduce_band(const Planes<T>& planes, int begin, int end, const PoolAxis& ax
         if (in_rows) {
             reduce_rows<T, kReduction, kLanes>(planes, begin, end, column, count, columns);
         } else {
-            reduce_pixels<T, kReduction, kLanes>(planes, begin, end, column, count, columns);
+            constexpr bool kMayBeNan = kReduction == Reduction::sum;
+            if (!reduce_pixels<T, kReduction, kMayBeNan, kLanes>(planes, begin, end, column, count,
+                                                                 columns)) {
+                reduce_pixels<T, kReduction, true, kLanes>(planes, begin, end, column, count,
+                                                           columns);
+            }
         }
         for (int index = 0; index < count; ++index) {
             cell += column + index == axis.cuts[cell + 1];
