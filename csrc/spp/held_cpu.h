@@ -23,22 +23,27 @@ struct Held {
 template <Reduction kReduction, typename W>
 constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
 
-// Pixels come in order: of equal ones the first stays, of NaN the last.
-template <Reduction kReduction, typename Values, typename Places>
+// Pixels come in order: of equal ones the first stays, of NaN the last. A maximum of numbers alone
+// is one instruction.
+template <Reduction kReduction, bool kMayBeNan = true, typename Values, typename Places>
 inline void take(Values value, Places place, Values& held, Places& held_place) {
-    if constexpr (kReduction == Reduction::sum) {
-        held += value;
-    } else {
-        const auto is_taken = (value > held) | (value != value);
+    const auto take_where = [&](auto is_taken) {
         held = is_taken ? value : held;
         if constexpr (kReduction == Reduction::indexed_max) {
             held_place = is_taken ? place : held_place;
         }
+    };
+    if constexpr (kReduction == Reduction::sum) {
+        held += value;
+    } else if constexpr (kMayBeNan) {
+        take_where((value > held) | (value != value));
+    } else {
+        take_where(value > held);
     }
 }
 
 // The same of pixels that come in any order: `to` of `held` and `from`, it may be either.
-template <Reduction kReduction, typename W, int kLanes>
+template <Reduction kReduction, bool kMayBeNan = true, typename W, int kLanes>
 inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, Held<W, kLanes>& to) {
     for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
         const Vector<W> a = held.values[part];
@@ -46,12 +51,16 @@ inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, He
         if constexpr (kReduction == Reduction::sum) {
             to.values[part] = a + b;
         } else if constexpr (kReduction == Reduction::max) {
-            to.values[part] = ((b > a) | (b != b)) ? b : a;
+            to.values[part] = a;
+            Indices<W> place{};
+            take<kReduction, kMayBeNan>(b, place, to.values[part], place);
         } else {
             const Indices<W> place_a = held.places[part];
             const Indices<W> place_b = from.places[part];
-            const auto is_taken = (b > a) | ((b == a) & (place_b < place_a)) |
-                                  ((b != b) & ((a == a) | (place_b > place_a)));
+            auto is_taken = (b > a) | ((b == a) & (place_b < place_a));
+            if constexpr (kMayBeNan) {
+                is_taken |= (b != b) & ((a == a) | (place_b > place_a));
+            }
             to.values[part] = is_taken ? b : a;
             to.places[part] = is_taken ? place_b : place_a;
         }

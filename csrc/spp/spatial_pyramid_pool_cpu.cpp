@@ -12,6 +12,7 @@
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
 #include "spp/held_cpu.h"
+#include "spp/narrow_planes_cpu.h"
 #include "spp/pyramid_cpu.h"
 #include "spp/turn_cpu.h"
 
@@ -26,18 +27,6 @@ template <int kLanes>
 constexpr int kColumns = 2048 / kLanes;
 // Rows of so many pixels are reduced as vectors of them; shorter ones as vectors of planes.
 constexpr int kLongRow = 32;
-
-// Some planes of one image, a lane each.
-template <typename T>
-struct Planes {
-    const T* first;
-    int lanes;
-    int pitch;
-    std::int64_t row_stride;
-    std::int64_t pixel_stride;
-    std::int64_t channel_stride;
-    std::int64_t size;  // elements from the first to the last of a plane
-};
 
 // Rows [begin, end) of `count` columns to columns[0, count): plane after plane, as vectors of
 // columns, which are then turned.
@@ -90,11 +79,14 @@ inline void turn_row(const Planes<T>& planes, std::int64_t first, int count, W (
     }
 }
 
-// The same as reduce_rows as vectors of planes.
-template <typename T, Reduction kReduction, int kLanes, typename W = Wide<T>>
-void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int count,
-                   Held<W, kLanes>* columns) {
+// The same as reduce_rows as vectors of planes. Returns whether the result holds: not where a NaN
+// may have been taken for a number, which there is none of where the sum is a number.
+template <typename T, Reduction kReduction, bool kMayBeNan, int kLanes, typename W = Wide<T>>
+[[gnu::flatten]] bool reduce_pixels(const Planes<T>& planes, int begin, int end, int column,
+                                    int count, Held<W, kLanes>* columns) {
     constexpr int kVectors = Held<W, kLanes>::kVectors;
+    constexpr int kSums = 4;
+    Vector<W> sums[kSums] = {};
     alignas(kVectorBytes) W buffer[kColumns<kLanes> + 2 * kSide<W>][kLanes];
     W(*const turned)[kLanes] = buffer + kSide<W>;
     const bool is_dense = planes.channel_stride == 1 && planes.lanes == kLanes;
@@ -111,10 +103,15 @@ void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int 
         const std::int64_t first = row * planes.row_stride + column * planes.pixel_stride;
         const int place = row * planes.pitch + column;
         const auto take_pixel = [&](int index, const auto* pixel) {
+#pragma GCC unroll 16
             for (int part = 0; part < kVectors; ++part) {
-                take<kReduction>(load_vector(pixel + part * kSide<W>),
-                                 Indices<W>{} + (place + index), columns[index].values[part],
-                                 columns[index].places[part]);
+                const Vector<W> vector = load_vector(pixel + part * kSide<W>);
+                if constexpr (!kMayBeNan) {
+                    sums[part % kSums] += vector;
+                }
+                take<kReduction, kMayBeNan>(vector, Indices<W>{} + (place + index),
+                                            columns[index].values[part],
+                                            columns[index].places[part]);
             }
         };
         if (is_dense) {
@@ -130,6 +127,12 @@ void reduce_pixels(const Planes<T>& planes, int begin, int end, int column, int 
             }
         }
     }
+    const Vector<W> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    bool holds = true;
+    for (int lane = 0; lane < kSide<W>; ++lane) {
+        holds &= sum[lane] == sum[lane];
+    }
+    return holds;
 }
 
 // The cells of one band of rows: cells[c] of columns from cut c to cut c + 1.
@@ -145,7 +148,12 @@ void reduce_band(const Planes<T>& planes, int begin, int end, const PoolAxis& ax
         if (in_rows) {
             reduce_rows<T, kReduction, kLanes>(planes, begin, end, column, count, columns);
         } else {
-            reduce_pixels<T, kReduction, kLanes>(planes, begin, end, column, count, columns);
+            constexpr bool kMayBeNan = kReduction == Reduction::sum;
+            if (!reduce_pixels<T, kReduction, kMayBeNan, kLanes>(planes, begin, end, column, count,
+                                                                 columns)) {
+                reduce_pixels<T, kReduction, true, kLanes>(planes, begin, end, column, count,
+                                                           columns);
+            }
         }
         for (int index = 0; index < count; ++index) {
             cell += column + index == axis.cuts[cell + 1];
@@ -274,26 +282,18 @@ void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid, const 
     }
 }
 
-// One region of kLanes planes, from channel `channel` on.
-template <typename T, Reduction kReduction, int kLanes>
-void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t channel) {
-    using W = Wide<T>;
-    const PoolRegion& region = grid.region;
-    const std::int64_t rest = params.channels - channel;
-    const Planes<T> planes{
-        static_cast<const T*>(params.x) + region.first + channel * params.channel_stride,
-        static_cast<int>(rest < kLanes ? rest : kLanes),
-        region.pitch,
-        region.row_stride,
-        params.pixel_stride,
-        params.channel_stride,
-        (region.height - 1) * region.row_stride + (region.width - 1) * params.pixel_stride + 1};
-    Held<W, kLanes> bins[kMostBins * kMostBins];
+// The level of whose bins those of level `place` are made, or -1.
+template <Reduction kReduction>
+int finer_of(const Grid& grid, int place) {
+    return kReduction == Reduction::sum ? -1 : grid.places[place].finer;
+}
+
+// The bins of all levels that are not made of others', band after band.
+template <typename T, Reduction kReduction, int kLanes, typename W = Wide<T>>
+void pool_bands(const SpatialPyramidPoolParams& params, const Grid& grid, const Planes<T>& planes,
+                Held<W, kLanes>* bins) {
     Held<W, kLanes> cells[kMostCuts];
     Held<W, kLanes> columns[kColumns<kLanes>];
-    const auto finer_of = [&](int place) {
-        return kReduction == Reduction::sum ? -1 : grid.places[place].finer;
-    };
     for (int band = 0; grid.columns.cut_count > 0 && band + 1 < grid.rows.cut_count; ++band) {
         bool is_covered = false;
         for (int row = 0; row < grid.rows.window_count; ++row) {
@@ -305,17 +305,65 @@ void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t
         reduce_band<T, kReduction, kLanes>(planes, grid.rows.cuts[band], grid.rows.cuts[band + 1],
                                            grid.columns, columns, cells);
         for (int place = 0; place < params.level_count; ++place) {
-            if (finer_of(place) < 0) {
+            if (finer_of<kReduction>(grid, place) < 0) {
                 const LevelPlace& first = grid.places[place];
                 add_band<kReduction>(grid, params.levels[place], first, band, cells,
                                      bins + first.bin);
             }
         }
     }
+}
+
+// The same of planes that are no wider than a vector.
+template <typename T, Reduction kReduction, typename W = Wide<T>>
+void pool_levels(const SpatialPyramidPoolParams& params, const Grid& grid, const Planes<T>& planes,
+                 Held<W, kPlanes>* bins) {
+    const bool has_nan = kReduction != Reduction::sum && may_hold_nan(planes, grid);
+    for (int place = 0; place < params.level_count; ++place) {
+        if (finer_of<kReduction>(grid, place) < 0) {
+            const LevelPlace& first = grid.places[place];
+            const auto pool =
+                has_nan ? pool_narrow<kReduction, true, T> : pool_narrow<kReduction, false, T>;
+            pool(planes, grid, params.levels[place], first, bins + first.bin);
+        }
+    }
+}
+
+// One region of kLanes planes, from channel `channel` on.
+template <typename T, Reduction kReduction, int kLanes>
+void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t channel) {
+    using W = Wide<T>;
+    const PoolRegion& region = grid.region;
+    const std::int64_t rest = params.channels - channel;
+    const std::int64_t size =
+        (region.height - 1) * region.row_stride + (region.width - 1) * params.pixel_stride + 1;
+    const Planes<T> planes{
+        static_cast<const T*>(params.x) + region.first + channel * params.channel_stride,
+        static_cast<int>(rest < kLanes ? rest : kLanes),
+        region.pitch,
+        region.row_stride,
+        params.pixel_stride,
+        params.channel_stride,
+        size,
+        (rest - 1) * params.channel_stride + size};
+    Held<W, kLanes> bins[kMostBins * kMostBins];
+    const PoolAxis& across = grid.columns;
+    const bool is_narrow = params.pixel_stride == 1 && across.cut_count > 0 &&
+                           grid.rows.cut_count > 0 &&
+                           across.cuts[across.cut_count - 1] - across.cuts[0] <= kSide<W>;
+    if constexpr (kLanes == kPlanes) {
+        if (is_narrow) {
+            pool_levels<T, kReduction>(params, grid, planes, bins);
+        } else {
+            pool_bands<T, kReduction>(params, grid, planes, bins);
+        }
+    } else {
+        pool_bands<T, kReduction>(params, grid, planes, bins);
+    }
     for (int place = params.level_count - 1; place >= 0; --place) {
         const PyramidLevel& level = params.levels[place];
         const LevelPlace& first = grid.places[place];
-        const int finer = finer_of(place);
+        const int finer = finer_of<kReduction>(grid, place);
         if (finer >= 0) {
             join_bins<kReduction>(level, params.levels[finer], bins + grid.places[finer].bin,
                                   bins + first.bin);

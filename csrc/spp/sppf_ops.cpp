@@ -6,6 +6,7 @@
 #include "common/parallel.h"
 #include "common/torch.h"
 #include "spp/sppf.h"
+#include "spp/sppf_workspace_cpu.h"
 
 namespace warploom::spp {
 namespace {
@@ -39,22 +40,24 @@ std::vector<std::int64_t> sizes_of(const SppfShape& shape, std::int64_t slices) 
     return {shape.batch, channels, shape.height, shape.width};
 }
 
-// Of the CPU, where each part of the work has padded planes, and backward their gradients.
+// Of the CPU, where each part of the work has planes, and backward their gradients.
 template <Backend backend>
 SppfWorkspace make_workspace(Call<backend>& call, const SppfShape& shape, bool backward) {
     SppfWorkspace workspace{};
     if constexpr (backend == Backend::kCpu) {
-        // Wider runs of memory forward; backward more planes lie in the cache.
-        const int most_lanes = backward ? 32 : 64;
-        workspace.lanes = shape.channels_last ? std::min(shape.channels, most_lanes) : 1;
+        const int most_lanes = backward ? kSppfBackwardLanes : kSppfForwardLanes;
+        workspace.lanes = shape.channels_last ? most_lanes : 1;
         const std::int64_t groups = shape.batch * ceil_divide(shape.channels, workspace.lanes);
         workspace.parts = static_cast<int>(std::min<std::int64_t>(groups, thread_count()));
-        const std::int64_t padded = sppf_padded_size(shape, workspace.lanes);
-        narrow_size(call, padded, "x");
-        const std::int64_t plane =
-            static_cast<std::int64_t>(shape.height) * shape.width * workspace.lanes;
-        workspace.values_per_part = padded + (backward ? 2 * plane : 0);
-        workspace.indices_per_part = backward ? padded : 0;
+        if (shape.channels_last) {
+            workspace.values_per_part = sppf_channels_size(shape, backward);
+        } else {
+            const std::int64_t padded = sppf_padded_size(shape, 1);
+            narrow_size(call, padded, "x");
+            const std::int64_t plane = static_cast<std::int64_t>(shape.height) * shape.width;
+            workspace.values_per_part = padded + (backward ? 2 * plane : 0);
+            workspace.indices_per_part = backward ? padded : 0;
+        }
         const auto allocate = [&](std::int64_t per_part, ScalarType type) {
             return call.output(call.keep(call.empty({workspace.parts * per_part}, type)),
                                "workspace");

@@ -25,6 +25,7 @@ SHAPES = {
     "more bins than rows": (1, 1, 3, 5),
     "1 x 1": (2, 1, 1, 1),
     "more channels than lanes": (1, 9, 5, 6),
+    "more channels than a vector": (1, 37, 13, 13),
     "wide": (1, 1, 6, 140),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -128,6 +128,22 @@ def test_planes_of_several_tiles(backend, layout):
     )
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
+@pytest.mark.parametrize(
+    "shape", [(2, 37, 6, 9), (1, 64, 112, 120)], ids=["whole and partial groups", "past the caches"]
+)
+def test_channels_in_groups(backend, shape):
+    """Of channels-last tensors groups are taken at a time; large outputs are written past the caches."""
+    x = few_levels(*shape, layout=torch.channels_last)
+    for values in (x, with_special_values(x.clone(memory_format=torch.preserve_format))):
+        leaf = values.requires_grad_()
+        out, expected = sppf(leaf, backend=backend), plain.sppf(leaf)
+        assert_same_bits(out.detach(), expected.detach())
+        upstream = torch.randint(-8, 9, out.shape, device=DEVICE).float()
+        grads = [torch.autograd.grad(result, leaf, upstream)[0] for result in (out, expected)]
+        assert torch.equal(*grads)
+
+
 @every_layout
 def test_the_layout_of_the_input_is_kept(layout):
     x = few_levels(2, 3, 5, 4, layout=layout).requires_grad_()
