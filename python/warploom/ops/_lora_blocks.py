@@ -160,12 +160,21 @@ def lora_swiglu_mlp(
 
 
 def _stack(matrices: Sequence[Tensor], dim: int, rank: int) -> Tensor:
-    """The matrices one above the other, filled up with zeros to `rank` in dimension `dim`."""
-    padded = []
-    for matrix in matrices:
-        missing = rank - matrix.shape[dim]
-        padded.append(F.pad(matrix, (0, missing) if dim == 1 else (0, 0, 0, missing)))
-    return torch.stack(padded)
+    """The matrices one above the other, filled up with zeros to `rank` in dimension `dim`.
+
+    A few operations, however many matrices there are: on a GPU each is a launch.
+    """
+    sizes = [matrix.shape[dim] for matrix in matrices]
+    if all(size == rank for size in sizes):
+        return torch.stack(tuple(matrices))
+    together = torch.cat(tuple(matrices), dim)
+    places = [number * rank + row for number, size in enumerate(sizes) for row in range(size)]
+    shape = list(together.shape)
+    shape[dim] = len(sizes) * rank
+    index = torch.tensor(places, dtype=torch.int64, device=together.device)
+    filled = together.new_zeros(shape).index_copy(dim, index, together)
+    stacked: Tensor = filled.unflatten(dim, (len(sizes), rank)).movedim(dim, 0)
+    return stacked
 
 
 def multi_lora_linear(
@@ -263,9 +272,9 @@ def _add_updates(
     shrunk = product(F.dropout(rows[order], dropout_p), lora_a, offsets)
     update = product((shrunk * scale).to(rows.dtype), lora_b, offsets)
     out = base + torch.zeros_like(base).index_copy(0, order, update)
-    magnitudes = [_column_scale(weight, adapter) for adapter in adapters]
     if all(adapter.magnitude is None for adapter in adapters):
         return out
+    magnitudes = [_column_scale(weight, adapter) for adapter in adapters]
     magnitudes.append(torch.ones_like(magnitudes[0]))
     return (out * torch.stack(magnitudes)[group]).to(out.dtype)
 
