@@ -211,6 +211,20 @@ def _rows_loss(*arguments: Any) -> Tensor:
     return loss
 
 
+def _block_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    logits, targets, *_ = _logits_arguments(size, dtype)
+    state = logits.new_zeros(len(logits), 4, dtype=_statistics_dtype(dtype))
+    return logits, state, targets, 0, _CLASSES, -100, 0.0, False
+
+
+def _block_state(logits: Tensor, state: Tensor, *rest: Any) -> Tensor:
+    op = OPS["cross_entropy_block"]
+    overload = op.overloads[op.choose(logits, state, *rest)]
+    state.zero_()[:, 0] = float("-inf")
+    overload(logits, state, *rest)
+    return state[:, 0] + state[:, 1].log()
+
+
 def _spline_arguments(size: int, dtype: torch.dtype) -> Arguments:
     """All of 64 features of a row, with the logits of 8 bins."""
     x, params = torch.randn(size, 64, 1).to(dtype), (torch.randn(size, 64, 1, 23) / 8).to(dtype)
@@ -609,6 +623,15 @@ CASES = (
         _logits_arguments,
         _rows_loss,
         lambda logits, targets, *_: F.cross_entropy(logits, targets, reduction="none"),
+        inputs=0,
+    ),
+    OpCase(
+        "cross_entropy_block",
+        "cross_entropy_block",
+        f"[S, {_CLASSES}]",
+        _block_arguments,
+        _block_state,
+        lambda logits, *_: torch.logsumexp(logits, 1),
         inputs=0,
     ),
     OpCase(
