@@ -1,9 +1,10 @@
 // The seam of family lora's linear maps: checks -> Params -> launch.
 //
-// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block; grad_weight
-// and grad_bias are PyTorch's everywhere.
+// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block, and those
+// with an adapter of many ranks (blas.h); grad_weight and grad_bias are PyTorch's everywhere.
 #include <algorithm>
 
+#include "lora/blas.h"
 #include "lora/checks.h"
 
 namespace warploom::lora {
@@ -68,6 +69,11 @@ Tensor shrink(Call<backend>& call, const Input& x, const Tensor& lora_a, const D
     LoraShrinkParams params{};
     params.rank = check_rank(call, lora_a);
     Tensor shrunk = call.empty({x.rows, params.rank}, x.type());
+    if (has_blas_product(call, x, lora_a, params.rank, dropout)) {
+        call.check_shape(lora_a, "lora_a", {params.rank, x.columns});
+        multiply(x.tensor, transposed(lora_a), shrunk);
+        return shrunk;
+    }
     params.x = call.input(x.tensor, "x");
     params.lora_a = adapter_input(call, lora_a, "lora_a", x, {params.rank, x.columns}, false);
     params.shrunk = call.output(shrunk, "shrunk");
@@ -92,6 +98,11 @@ Tensor adapter_grad(Call<backend>& call, const Input& x, const Tensor& wide, con
     params.columns = narrow_size(call, wide.size(1), "wide");
     params.rank = narrow_size(call, narrow.size(1), "narrow");
     Tensor out = call.empty_like(parameter);
+    if (has_blas_product(call, x, parameter, params.rank, dropout)) {
+        const Tensor& left = transposed ? narrow : wide;
+        multiply_add(warploom::transposed(left), transposed ? wide : narrow, out, 0.0, scaling);
+        return out;
+    }
     const ScalarType type = call.statistics_type(x.dtype);
     Tensor sums =
         out.scalar_type() == type ? out : call.empty({parameter.size(0), parameter.size(1)}, type);
@@ -132,7 +143,10 @@ std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& grad_shrunk, const
     const int rank = check_rank(call, lora_a);
     const Tensor narrow = check_narrow(call, grad_shrunk, "grad_shrunk", input, rank);
     Tensor grad_x = needs_x ? call.empty_like(x) : call.empty({0}, x.scalar_type());
-    if (needs_x) {
+    if (needs_x && has_blas_product(call, input, lora_a, rank, dropout)) {
+        call.check_shape(lora_a, "lora_a", {rank, input.columns});
+        multiply(narrow, lora_a, grad_x);
+    } else if (needs_x) {
         LoraGradXParams params{};
         params.grad_shrunk = call.input(narrow, "grad_shrunk");
         params.lora_a = adapter_input(call, lora_a, "lora_a", input, {rank, input.columns}, false);
@@ -176,14 +190,22 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(
                       ? shrink(call, input, *lora_a, check_dropout(call, seed, dropout_p))
                       : call.empty({0}, input.type());
     LoraLinearParams params{};
+    OptionalTensor added;  // what the BLAS multiplies by lora_b
     if (lora_b.has_value() && (lora_a.has_value() || shrunk.has_value())) {
         call.check_dim(*lora_b, "lora_b", 2);
         params.rank = narrow_size(call, lora_b->size(1), "lora_b");
         const Tensor narrow =
             check_narrow(call, lora_a.has_value() ? made : *shrunk, "shrunk", input, params.rank);
-        params.shrunk = call.input(narrow, "shrunk");
-        params.shrunk_row_stride = narrow.stride(0);
-        params.lora_b = adapter_input(call, *lora_b, "lora_b", input, {columns, params.rank}, true);
+        if (has_blas_product(call, input, *lora_b, params.rank, {})) {
+            call.check_shape(*lora_b, "lora_b", {columns, params.rank});
+            added = narrow;
+            params.rank = 0;
+        } else {
+            params.shrunk = call.input(narrow, "shrunk");
+            params.shrunk_row_stride = narrow.stride(0);
+            params.lora_b =
+                adapter_input(call, *lora_b, "lora_b", input, {columns, params.rank}, true);
+        }
     }
     if (bias.has_value()) {
         call.check_dtype(*bias, "bias", input.dtype);
@@ -206,6 +228,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(
     if (out.numel() > 0) {
         if constexpr (backend == Backend::kCpu) {
             multiply_by_weight(call, input.tensor, checked, input, true, out);
+            if (added.has_value()) {
+                multiply_add(*added, transposed(*lora_b), out, 1.0, scaling);
+            }
         }
         WARPLOOM_RUN(backend, call, lora_linear, params)
     }
@@ -249,6 +274,11 @@ Tensor grad_of_shrunk(Call<backend>& call, const Input& x, const Tensor& grad, c
     LoraGradShrunkParams params{};
     params.rank = narrow_size(call, lora_b.size(1), "lora_b");
     Tensor grad_shrunk = call.empty({x.rows, params.rank}, x.type());
+    if (has_blas_product(call, x, lora_b, params.rank, {})) {
+        call.check_shape(lora_b, "lora_b", {grad.size(1), params.rank});
+        multiply_add(grad, lora_b, grad_shrunk, 0.0, scaling);
+        return grad_shrunk;
+    }
     params.grad = call.input(grad, "grad");
     params.lora_b = adapter_input(call, lora_b, "lora_b", x, {grad.size(1), params.rank}, true);
     params.grad_shrunk = call.output(grad_shrunk, "grad_shrunk");
@@ -300,6 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
     Tensor grad_a = nothing(lora_a);
     Tensor grad_b = nothing(lora_b);
     LoraGradXParams params{};
+    OptionalTensor added;  // what the BLAS multiplies by lora_a
     if (lora_b.has_value() && shrunk.has_value()) {
         call.check_dim(*lora_b, "lora_b", 2);
         const std::int64_t rank = lora_b->size(1);
@@ -317,11 +348,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
                 grad_a =
                     adapter_grad(call, input, input.tensor, narrow, *lora_a, dropout, 1.0, true);
             }
-            params.lora_a =
-                adapter_input(call, *lora_a, "lora_a", input, {rank, input.columns}, false);
-            params.grad_shrunk = call.input(narrow, "grad_shrunk");
-            params.grad_shrunk_row_stride = narrow.stride(0);
-            params.rank = narrow_size(call, rank, "lora_b");
+            if (has_blas_product(call, input, *lora_a, rank, dropout)) {
+                call.check_shape(*lora_a, "lora_a", {rank, input.columns});
+                added = narrow;
+            } else {
+                params.lora_a =
+                    adapter_input(call, *lora_a, "lora_a", input, {rank, input.columns}, false);
+                params.grad_shrunk = call.input(narrow, "grad_shrunk");
+                params.grad_shrunk_row_stride = narrow.stride(0);
+                params.rank = narrow_size(call, rank, "lora_b");
+            }
         }
     }
     Tensor grad_x = nothing({});
@@ -339,6 +375,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
         if (grad_x.numel() > 0) {
             if constexpr (backend == Backend::kCpu) {
                 multiply_by_weight(call, grad, checked, input, false, grad_x);
+                if (added.has_value()) {
+                    multiply_add(*added, *lora_a, grad_x, 1.0, 1.0);
+                }
             }
             WARPLOOM_RUN(backend, call, lora_grad_x, params)
         }
