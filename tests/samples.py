@@ -163,6 +163,11 @@ def _cross_entropy_rows(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     return logits, _targets(logits, 4, 24), _statistics(make(4)), -100, 0.1, 0.01, 5.0, True
 
 
+def _cross_entropy_block(make: Callable[..., Tensor]) -> tuple[Any, ...]:
+    logits = make(4, 24)
+    return logits, _statistics(make(4, 4)), _targets(logits, 4, 40), 5, 40, -100, 5.0, True
+
+
 def _linear_cross_entropy(make: Callable[..., Tensor]) -> tuple[Any, ...]:
     hidden, weight, bias, shrunk, b = make(4, 8), make(24, 8), make(24), make(4, 3), make(24, 3)
     tensors = (hidden, weight, _targets(hidden, 4, 24), bias, shrunk, b, _statistics(make(4)))
@@ -297,6 +302,7 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "mla_absorbed_backward": _mla_absorbed_backward,
     "mla_cache_append": _mla_cache_append,
     "cross_entropy_rows": _cross_entropy_rows,
+    "cross_entropy_block": _cross_entropy_block,
     "linear_cross_entropy": _linear_cross_entropy,
     "lcs_lengths": _lcs_lengths,
     "rational_quadratic_spline": _spline,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.vocab.peers import Loss, losses
 
-SHAPES = ((512, 512, 32000), (2048, 1024, 32000), (1024, 512, 151936))
+SHAPES = ((512, 512, 32000), (64, 2048, 32000), (2048, 1024, 32000), (1024, 512, 151936))
 
 
 def peak(device: str) -> int:

@@ -40,10 +40,12 @@ class _LigerScheme(torch.autograd.Function):
         for first in range(0, count, rows):
             chunk = slice(first, first + rows)
             logits = hidden[chunk] @ weight.T
-            lse = torch.logsumexp(logits.float(), -1)
             places = torch.arange(len(logits), device=hidden.device), targets[chunk]
-            loss += (lse - logits[places]).sum()
-            logits.sub_(lse[:, None]).exp_()
+            maximum, at_target = logits.amax(-1, keepdim=True), logits[places]
+            # In place, as its kernel has it.
+            sums = logits.sub_(maximum).exp_().sum(-1, keepdim=True)
+            loss += (sums.log() + maximum).sum() - at_target.sum()
+            logits /= sums
             logits[places] -= 1
             logits /= count
             grad_hidden[chunk] = logits @ weight
@@ -54,7 +56,7 @@ class _LigerScheme(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        return *(None if grad is None else grad * upstream for grad in ctx.saved_tensors), None
+        return *(None if grad is None else grad.mul_(upstream) for grad in ctx.saved_tensors), None
 
 
 def losses(device: str) -> dict[str, Loss]:

@@ -1,12 +1,14 @@
 // PyTorch's matrix product into memory that is there. For *_ops.cpp only: it sees torch.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <array>
 
 #include "torch.h"
 
-// addmm by its own entry point: no Scalar passes through the stable dispatcher. Bound only where
-// torch has CUDA.
+// addmm by its own entry points: no Scalar passes through the stable dispatcher. That for CUDA is
+// bound only where torch has it.
 extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                                     AtenTensorHandle mat1, AtenTensorHandle mat2,
                                                     double beta, double alpha)
@@ -38,17 +40,12 @@ inline void multiply(const Tensor& a, const Tensor& b, Tensor out) {
     to<Tensor>(stack[0]);  // Takes back the reference that the call returns.
 }
 
-// out = added + factor a b on a GPU, by PyTorch. `added` is broadcast, and may be out.
-inline void multiply_add_cuda(const Tensor& added, const Tensor& a, const Tensor& b, double factor,
-                              Tensor out) {
-    check_shim(aoti_torch_cuda_addmm_out(out.get(), added.get(), a.get(), b.get(), 1.0, factor),
-               "PyTorch's product");
-}
-
-// out = factor a b on a GPU, by PyTorch.
-inline void multiply_scaled_cuda(const Tensor& a, const Tensor& b, double factor, Tensor out) {
-    check_shim(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 0.0, factor),
-               "PyTorch's product");
+// out = beta added + alpha a b, by PyTorch. `added` is broadcast and may be out; where beta is 0 it
+// is not read.
+inline void add_product(const Tensor& added, double beta, const Tensor& a, const Tensor& b,
+                        double alpha, Tensor out) {
+    const auto addmm = out.is_cpu() ? aoti_torch_cpu_addmm_out : aoti_torch_cuda_addmm_out;
+    check_shim(addmm(out.get(), added.get(), a.get(), b.get(), beta, alpha), "PyTorch's product");
 }
 
 }  // namespace warploom

@@ -1,32 +1,15 @@
 // The seam of family lora's linear maps: checks -> Params -> launch.
 //
-// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block; on some GPUs
-// all products are, but for quantised weights and dropped inputs; grad_weight and grad_bias are
-// PyTorch's everywhere.
+// On the CPU x W^T and g W are PyTorch's products, a quantised weight block by block, and those
+// with an adapter of many ranks; on some GPUs all are, but of quantised weights and dropped inputs
+// (library_products.h); grad_weight and grad_bias are PyTorch's everywhere.
 #include <algorithm>
 
 #include "lora/checks.h"
+#include "lora/library_products.h"
 
 namespace warploom::lora {
 namespace {
-
-template <Backend backend>
-bool products_are_pytorchs(const Dropout& dropout) {
-    if constexpr (backend == Backend::kCuda) {
-        return dropout.seed == nullptr && lora_products_are_pytorchs_cuda();
-    }
-    return false;
-}
-
-template <Backend backend>
-bool products_are_pytorchs(const CheckedWeight& weight) {
-    return weight.weight.format == WeightFormat::dense && products_are_pytorchs<backend>(Dropout{});
-}
-
-// Half of an adapter where PyTorch multiplies with it.
-Tensor adapter_tensor(const Tensor& tensor, const Input& x) {
-    return torch::stable::to(tensor, x.type());
-}
 
 // Quantised weights on the CPU: visit(block, first, count) for all of a weight's rows, or of its
 // columns, `block` those of them, dequantised into memory that a cache holds and all blocks share.
@@ -87,6 +70,11 @@ Tensor shrink(Call<backend>& call, const Input& x, const Tensor& lora_a, const D
     LoraShrinkParams params{};
     params.rank = check_rank(call, lora_a);
     Tensor shrunk = call.empty({x.rows, params.rank}, x.type());
+    if (is_library_adapter(call, x, lora_a, params.rank, dropout)) {
+        call.check_shape(lora_a, "lora_a", {params.rank, x.columns});
+        multiply(x.tensor, transposed(library_adapter(lora_a, x)), shrunk);
+        return shrunk;
+    }
     params.x = call.input(x.tensor, "x");
     params.lora_a = adapter_input(call, lora_a, "lora_a", x, {params.rank, x.columns}, false);
     params.shrunk = call.output(shrunk, "shrunk");
@@ -95,12 +83,7 @@ Tensor shrink(Call<backend>& call, const Input& x, const Tensor& lora_a, const D
     params.rows = x.rows;
     params.in_features = x.columns;
     params.dtype = x.dtype;
-    if (params.rows == 0 || params.rank == 0) {
-        return shrunk;
-    }
-    if (products_are_pytorchs<backend>(dropout)) {
-        multiply(x.tensor, transposed(adapter_tensor(lora_a, x)), shrunk);
-    } else {
+    if (params.rows > 0 && params.rank > 0) {
         WARPLOOM_RUN(backend, call, lora_shrink, params)
     }
     return shrunk;
@@ -111,18 +94,18 @@ template <Backend backend>
 Tensor adapter_grad(Call<backend>& call, const Input& x, const Tensor& wide, const Tensor& narrow,
                     const Tensor& parameter, const Dropout& dropout, double scaling,
                     bool transposed) {
-    Tensor out = call.empty_like(parameter);
-    // A float32 gradient of 16-bit factors keeps its float32 sums.
-    if (products_are_pytorchs<backend>(dropout) && out.scalar_type() == x.type() &&
-        out.numel() > 0) {
-        multiply_scaled_cuda(warploom::transposed(transposed ? narrow : wide),
-                             transposed ? wide : narrow, scaling, out);
-        return out;
-    }
     LoraAdapterGradParams params{};
     params.rows = x.rows;
     params.columns = narrow_size(call, wide.size(1), "wide");
     params.rank = narrow_size(call, narrow.size(1), "narrow");
+    Tensor out = call.empty_like(parameter);
+    // A float32 gradient of 16-bit factors keeps its float32 sums.
+    if (x.rows > 0 && out.scalar_type() == x.type() &&
+        is_library_adapter(call, x, parameter, params.rank, dropout)) {
+        const Tensor& left = transposed ? narrow : wide;
+        add_product(out, 0.0, warploom::transposed(left), transposed ? wide : narrow, scaling, out);
+        return out;
+    }
     const ScalarType type = call.statistics_type(x.dtype);
     Tensor sums =
         out.scalar_type() == type ? out : call.empty({parameter.size(0), parameter.size(1)}, type);
@@ -163,7 +146,10 @@ std::tuple<Tensor, Tensor> lora_shrink_backward(const Tensor& grad_shrunk, const
     const int rank = check_rank(call, lora_a);
     const Tensor narrow = check_narrow(call, grad_shrunk, "grad_shrunk", input, rank);
     Tensor grad_x = needs_x ? call.empty_like(x) : call.empty({0}, x.scalar_type());
-    if (needs_x) {
+    if (needs_x && is_library_adapter(call, input, lora_a, rank, dropout)) {
+        call.check_shape(lora_a, "lora_a", {rank, input.columns});
+        multiply(narrow, library_adapter(lora_a, input), grad_x);
+    } else if (needs_x) {
         LoraGradXParams params{};
         params.grad_shrunk = call.input(narrow, "grad_shrunk");
         params.lora_a = adapter_input(call, lora_a, "lora_a", input, {rank, input.columns}, false);
@@ -222,15 +208,27 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(
     Tensor made = lora_a.has_value()
                       ? shrink(call, input, *lora_a, check_dropout(call, seed, dropout_p))
                       : call.empty({0}, input.type());
+    // DoRA beside a bias takes the kernel's epilogue.
+    const bool on_gpu = backend == Backend::kCuda && is_library_weight<backend>(checked) &&
+                        !(column_scale.has_value() && bias.has_value());
     LoraLinearParams params{};
+    OptionalTensor added;  // what PyTorch multiplies by lora_b
     if (lora_b.has_value() && (lora_a.has_value() || shrunk.has_value())) {
         call.check_dim(*lora_b, "lora_b", 2);
         params.rank = narrow_size(call, lora_b->size(1), "lora_b");
         const Tensor narrow =
             check_narrow(call, lora_a.has_value() ? made : *shrunk, "shrunk", input, params.rank);
-        params.shrunk = call.input(narrow, "shrunk");
-        params.shrunk_row_stride = narrow.stride(0);
-        params.lora_b = adapter_input(call, *lora_b, "lora_b", input, {columns, params.rank}, true);
+        if ((backend == Backend::kCpu || on_gpu) &&
+            is_library_adapter(call, input, *lora_b, params.rank, {})) {
+            call.check_shape(*lora_b, "lora_b", {columns, params.rank});
+            added = narrow;
+            params.rank = 0;
+        } else {
+            params.shrunk = call.input(narrow, "shrunk");
+            params.shrunk_row_stride = narrow.stride(0);
+            params.lora_b =
+                adapter_input(call, *lora_b, "lora_b", input, {columns, params.rank}, true);
+        }
     }
     if (bias.has_value()) {
         call.check_dtype(*bias, "bias", input.dtype);
@@ -253,28 +251,22 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear(
     if (out.numel() == 0) {
         return {out, made, unscaled};
     }
-    if (products_are_pytorchs<backend>(checked) &&
-        !(column_scale.has_value() && bias.has_value())) {
-        Tensor sums = column_scale.has_value() ? unscaled : out;
-        if (bias.has_value()) {
-            multiply_add_cuda(*bias, input.tensor, transposed(checked.tensor), 1.0, sums);
-        } else {
-            multiply(input.tensor, transposed(checked.tensor), sums);
-        }
-        if (params.rank > 0) {
-            const Tensor& narrow = lora_a.has_value() ? made : *shrunk;
-            multiply_add_cuda(sums, narrow, transposed(adapter_tensor(*lora_b, input)), scaling,
-                              sums);
-        }
-        if (column_scale.has_value()) {
-            scale_columns(call, input, unscaled, params.column_scale, out);
-        }
-        return {out, made, unscaled};
-    }
+    Tensor sums = on_gpu && column_scale.has_value() ? unscaled : out;
     if constexpr (backend == Backend::kCpu) {
-        multiply_by_weight(call, input.tensor, checked, input, true, out);
+        multiply_by_weight(call, input.tensor, checked, input, true, sums);
+    } else if (on_gpu && bias.has_value()) {
+        add_product(*bias, 1.0, input.tensor, transposed(checked.tensor), 1.0, sums);
+    } else if (on_gpu) {
+        multiply(input.tensor, transposed(checked.tensor), sums);
     }
-    WARPLOOM_RUN(backend, call, lora_linear, params)
+    if (added.has_value()) {
+        add_product(sums, 1.0, *added, transposed(library_adapter(*lora_b, input)), scaling, sums);
+    }
+    if (!on_gpu) {
+        WARPLOOM_RUN(backend, call, lora_linear, params)
+    } else if (column_scale.has_value()) {
+        scale_columns(call, input, unscaled, params.column_scale, out);
+    }
     return {out, made, unscaled};
 }
 
@@ -315,6 +307,11 @@ Tensor grad_of_shrunk(Call<backend>& call, const Input& x, const Tensor& grad, c
     LoraGradShrunkParams params{};
     params.rank = narrow_size(call, lora_b.size(1), "lora_b");
     Tensor grad_shrunk = call.empty({x.rows, params.rank}, x.type());
+    if (is_library_adapter(call, x, lora_b, params.rank, {})) {
+        call.check_shape(lora_b, "lora_b", {grad.size(1), params.rank});
+        add_product(grad_shrunk, 0.0, grad, library_adapter(lora_b, x), scaling, grad_shrunk);
+        return grad_shrunk;
+    }
     params.grad = call.input(grad, "grad");
     params.lora_b = adapter_input(call, lora_b, "lora_b", x, {grad.size(1), params.rank}, true);
     params.grad_shrunk = call.output(grad_shrunk, "grad_shrunk");
@@ -323,15 +320,37 @@ Tensor grad_of_shrunk(Call<backend>& call, const Input& x, const Tensor& grad, c
     params.rows = x.rows;
     params.out_features = static_cast<int>(grad.size(1));
     params.dtype = x.dtype;
-    if (grad_shrunk.numel() == 0) {
-        return grad_shrunk;
-    }
-    if (products_are_pytorchs<backend>(Dropout{})) {
-        multiply_scaled_cuda(grad, adapter_tensor(lora_b, x), scaling, grad_shrunk);
-    } else {
+    if (grad_shrunk.numel() > 0) {
         WARPLOOM_RUN(backend, call, lora_grad_shrunk, params)
     }
     return grad_shrunk;
+}
+
+// grad_x = g W, and the update: added A by PyTorch, or what params have of it by the kernel.
+template <Backend backend>
+void fill_grad_x(Call<backend>& call, const Input& x, const CheckedWeight& checked,
+                 const Tensor& grad, const OptionalTensor& added, const OptionalTensor& lora_a,
+                 LoraGradXParams params, Tensor grad_x) {
+    const bool on_gpu = backend == Backend::kCuda && is_library_weight<backend>(checked);
+    if (on_gpu && params.rank > 0) {
+        // The kernel draws what is kept of the update alone.
+        params.grad = nullptr;
+        params.out_features = 0;
+        WARPLOOM_RUN(backend, call, lora_grad_x, params)
+        add_product(grad_x, 1.0, grad, checked.tensor, 1.0, grad_x);
+        return;
+    }
+    if constexpr (backend == Backend::kCpu) {
+        multiply_by_weight(call, grad, checked, x, false, grad_x);
+    } else if (on_gpu) {
+        multiply(grad, checked.tensor, grad_x);
+    }
+    if (added.has_value()) {
+        add_product(grad_x, 1.0, *added, library_adapter(*lora_a, x), 1.0, grad_x);
+    }
+    if (!on_gpu) {
+        WARPLOOM_RUN(backend, call, lora_grad_x, params)
+    }
 }
 
 template <Backend backend>
@@ -371,6 +390,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
     Tensor grad_a = nothing(lora_a);
     Tensor grad_b = nothing(lora_b);
     LoraGradXParams params{};
+    OptionalTensor added;  // what PyTorch multiplies by lora_a
     if (lora_b.has_value() && shrunk.has_value()) {
         call.check_dim(*lora_b, "lora_b", 2);
         const std::int64_t rank = lora_b->size(1);
@@ -388,11 +408,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
                 grad_a =
                     adapter_grad(call, input, input.tensor, narrow, *lora_a, dropout, 1.0, true);
             }
-            params.lora_a =
-                adapter_input(call, *lora_a, "lora_a", input, {rank, input.columns}, false);
-            params.grad_shrunk = call.input(narrow, "grad_shrunk");
-            params.grad_shrunk_row_stride = narrow.stride(0);
-            params.rank = narrow_size(call, rank, "lora_b");
+            if (is_library_weight<backend>(checked) &&
+                is_library_adapter(call, input, *lora_a, rank, dropout)) {
+                call.check_shape(*lora_a, "lora_a", {rank, input.columns});
+                added = narrow;
+            } else {
+                params.lora_a =
+                    adapter_input(call, *lora_a, "lora_a", input, {rank, input.columns}, false);
+                params.grad_shrunk = call.input(narrow, "grad_shrunk");
+                params.grad_shrunk_row_stride = narrow.stride(0);
+                params.rank = narrow_size(call, rank, "lora_b");
+            }
         }
     }
     Tensor grad_x = nothing({});
@@ -407,25 +433,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
         params.in_features = input.columns;
         params.out_features = checked.out_features;
         params.dtype = input.dtype;
-        const bool by_pytorch = products_are_pytorchs<backend>(checked);
-        if (grad_x.numel() == 0) {
-            // No rows.
-        } else if (by_pytorch && params.rank > 0 && dropout.seed != nullptr) {
-            // The kernel draws what is kept of the update alone.
-            params.grad = nullptr;
-            params.out_features = 0;
-            WARPLOOM_RUN(backend, call, lora_grad_x, params)
-            multiply_add_cuda(grad_x, grad, checked.tensor, 1.0, grad_x);
-        } else if (by_pytorch) {
-            multiply(grad, checked.tensor, grad_x);
-            if (params.rank > 0) {
-                multiply_add_cuda(grad_x, grad_shrunk, adapter_tensor(*lora_a, input), 1.0, grad_x);
-            }
-        } else {
-            if constexpr (backend == Backend::kCpu) {
-                multiply_by_weight(call, grad, checked, input, false, grad_x);
-            }
-            WARPLOOM_RUN(backend, call, lora_grad_x, params)
+        if (grad_x.numel() > 0) {
+            fill_grad_x(call, input, checked, grad, added, lora_a, params, grad_x);
         }
     }
     Tensor grad_weight = nothing({});

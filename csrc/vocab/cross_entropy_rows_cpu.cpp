@@ -1,10 +1,11 @@
-// Cross-entropy of rows of logits on the CPU: a row is read for its log-sum-exp, and read again for
-// its gradients while it is still in the cache.
+// Cross-entropy of rows of logits on the CPU: a row, or a block of its columns, is read for its
+// maximum or log-sum-exp, and read again for its gradients while it is still in the cache.
 #include "vocab/cross_entropy_rows.h"
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/cpu_float.h"
 #include "common/cpu_loops.h"
@@ -157,18 +158,112 @@ void row(const CrossEntropyRowsParams& params, std::int64_t index) {
     }
 }
 
+// A row of the state: what the columns so far amount to.
+template <typename W>
+struct BlockState {
+    W maximum;
+    W exponentials;  // sum of exp(logit - maximum)
+    W logits;        // their sum
+    W at_target;
+};
+
+// The maximum of a row before the cap, which keeps the order.
+template <typename T, typename W = Wide<T>>
+W greatest_of_row(const T* logits, std::int64_t columns) {
+    W maximum = -std::numeric_limits<W>::infinity();
+    for (std::int64_t first = 0; first < columns; first += kBlock) {
+        const std::int64_t count = columns - first < kBlock ? columns - first : kBlock;
+        W values[kBlock];
+        for_each_element<T>(
+            count, [](W value) { return value; },
+            [&values](std::int64_t i, auto... results) { store<W>(values + i, results...); },
+            logits + first);
+        const W found = greatest(values, count);
+        maximum = found > maximum ? found : maximum;
+    }
+    return maximum;
+}
+
+template <typename T, bool kCapped>
+void block_row(const CrossEntropyBlockParams& params, std::int64_t index) {
+    using W = Wide<T>;
+    const std::int64_t columns = params.columns;
+    T* logits = static_cast<T*>(params.logits) + index * columns;
+    W* factor = static_cast<W*>(params.factor) + index;
+    const std::int64_t target = params.targets[index];
+    if (target == params.ignore_index) {
+        *factor = 1;
+        for (std::int64_t i = 0; params.gradients && i < columns; ++i) {
+            logits[i] = narrow<T>(W{0});
+        }
+        return;
+    }
+    auto& state = static_cast<BlockState<W>*>(params.state)[index];
+    const W softcap = static_cast<W>(params.softcap);
+    const bool has_target = target >= params.first && target < params.first + columns;
+    if (has_target) {
+        state.at_target = cap<kCapped>(widen(logits[target - params.first]), softcap);
+    }
+    const W block_maximum = cap<kCapped>(greatest_of_row(logits, columns), softcap);
+    const W maximum = block_maximum > state.maximum ? block_maximum : state.maximum;
+    *factor = scaled_exponential(state.maximum, maximum);
+    W exponentials = state.exponentials * *factor;
+    W sum = state.logits;
+    for (std::int64_t first = 0; first < columns; first += kBlock) {
+        const std::int64_t count = columns - first < kBlock ? columns - first : kBlock;
+        W values[kBlock];
+        W terms[kBlock];
+        T* part = logits + first;
+        for_each_element<T>(
+            count, [softcap](W value) { return cap<kCapped>(value, softcap); },
+            [&values](std::int64_t i, auto... results) { store<W>(values + i, results...); }, part);
+        for_each_element<W>(
+            count, [maximum](W value) { return scaled_exponential(value, maximum); },
+            [&terms](std::int64_t i, W term) { terms[i] = term; }, values);
+        sum += sum_elements<W>(count, [](W value) { return value; }, values);
+        exponentials += sum_elements<W>(count, [](W term) { return term; }, terms);
+        if (params.gradients) {
+#pragma omp simd
+            for (std::int64_t i = 0; i < count; ++i) {
+                part[i] = narrow<T>(terms[i] * cap_slope<kCapped>(values[i], softcap));
+            }
+        }
+    }
+    if (params.gradients && has_target) {
+        logits[target - params.first] = narrow<T>(W{0});
+    }
+    state.maximum = maximum;
+    state.exponentials = exponentials;
+    state.logits = sum;
+}
+
+// Calls body(capped, index) for every row, on threads.
+template <typename Body>
+void for_each_row(std::int64_t rows, double softcap, Body body) {
+    parallel_for(rows, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t index = begin; index < end; ++index) {
+            if (softcap != 0) {
+                body(std::true_type{}, index);
+            } else {
+                body(std::false_type{}, index);
+            }
+        }
+    });
+}
+
 }  // namespace
 
 void cross_entropy_rows_cpu(const CrossEntropyRowsParams& params) {
     visit_element_type(params.dtype, [&]<typename T>() {
-        parallel_for(params.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t index = begin; index < end; ++index) {
-                if (params.softcap != 0) {
-                    row<T, true>(params, index);
-                } else {
-                    row<T, false>(params, index);
-                }
-            }
+        for_each_row(params.rows, params.softcap,
+                     [&](auto capped, std::int64_t index) { row<T, capped.value>(params, index); });
+    });
+}
+
+void cross_entropy_block_cpu(const CrossEntropyBlockParams& params) {
+    visit_element_type(params.dtype, [&]<typename T>() {
+        for_each_row(params.rows, params.softcap, [&](auto capped, std::int64_t index) {
+            block_row<T, capped.value>(params, index);
         });
     });
 }

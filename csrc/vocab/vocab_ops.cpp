@@ -10,18 +10,19 @@
 namespace warploom::vocab {
 namespace {
 
-// Where the targets can be read: none may point outside its row.
+// Where the targets can be read: none may point outside the classes.
 template <Backend backend>
-void check_targets(const Call<backend>& call, const CrossEntropyRowsParams& params) {
+void check_targets(const Call<backend>& call, const std::int64_t* targets, std::int64_t rows,
+                   std::int64_t classes, std::int64_t ignore_index) {
     const auto is_outside = [&](std::int64_t target) {
-        return (target < 0 || target >= params.columns) && target != params.ignore_index;
+        return (target < 0 || target >= classes) && target != ignore_index;
     };
-    const std::int64_t* end = params.targets + params.rows;
-    const std::int64_t* outside = std::find_if(params.targets, end, is_outside);
+    const std::int64_t* end = targets + rows;
+    const std::int64_t* outside = std::find_if(targets, end, is_outside);
     if (outside != end) {
         call.fail("targets",
-                  "numbers from 0 to " + std::to_string(params.columns - 1) + " or " +
-                      std::to_string(params.ignore_index),
+                  "numbers from 0 to " + std::to_string(classes - 1) + " or " +
+                      std::to_string(ignore_index),
                   std::to_string(*outside));
     }
 }
@@ -54,10 +55,45 @@ Tensor cross_entropy_rows(const Tensor& logits, const Tensor& targets,
     params.softcap = softcap;
     params.gradients = gradients;
     if constexpr (backend == Backend::kCpu) {
-        check_targets(call, params);
+        check_targets(call, params.targets, params.rows, params.columns, ignore_index);
     }
     WARPLOOM_RUN(backend, call, cross_entropy_rows, params)
     return loss;
+}
+
+template <Backend backend>
+Tensor cross_entropy_block(const Tensor& logits, const Tensor& state, const Tensor& targets,
+                           std::int64_t first, std::int64_t classes, std::int64_t ignore_index,
+                           double softcap, bool gradients) {
+    Call<backend> call("cross_entropy_block", logits);
+    call.check_dim(logits, "logits", 2);
+    call.check(logits.is_contiguous() && logits.size(1) > 0, "logits",
+               "contiguous rows of at least 1 column", shape_of(logits));
+    CrossEntropyBlockParams params{};
+    params.dtype = call.dtype(logits, "logits");
+    params.rows = logits.size(0);
+    params.columns = narrow_size(call, logits.size(1), "logits");
+    call.check(first >= 0 && first + params.columns <= classes, "first",
+               "columns among " + std::to_string(classes) + " classes", std::to_string(first));
+    const ScalarType statistics = call.statistics_type(params.dtype);
+    call.check_shape(state, "state", {params.rows, 4});
+    call.check(state.is_contiguous() && state.scalar_type() == statistics, "state",
+               std::string("contiguous ") + torch::headeronly::toString(statistics),
+               torch::headeronly::toString(state.scalar_type()));
+    Tensor factor = call.empty({params.rows}, statistics);
+    params.targets = static_cast<const std::int64_t*>(
+        contiguous_input(call, targets, "targets", {params.rows}, ScalarType::Long));
+    check_targets(call, params.targets, params.rows, classes, ignore_index);
+    params.logits = call.output(logits, "logits");
+    params.state = call.output(state, "state");
+    params.factor = call.output(factor, "factor");
+    params.first = first;
+    params.classes = classes;
+    params.ignore_index = ignore_index;
+    params.softcap = softcap;
+    params.gradients = gradients;
+    cross_entropy_block_cpu(params);
+    return factor;
 }
 
 template <Backend backend>
@@ -110,6 +146,7 @@ template <Backend backend, typename Library>
 void register_vocab(Library& library) {
     WARPLOOM_IMPL(library, backend, cross_entropy_rows);
     if constexpr (backend == Backend::kCpu) {
+        WARPLOOM_IMPL(library, backend, cross_entropy_block);
         WARPLOOM_IMPL(library, backend, lcs_lengths);
     }
 }

@@ -84,7 +84,12 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
     ),
     **{
         name: (name, OP_ARGS[name], "")
-        for name in ("cross_entropy_rows", "linear_cross_entropy", "lcs_lengths")
+        for name in (
+            "cross_entropy_rows",
+            "cross_entropy_block",
+            "linear_cross_entropy",
+            "lcs_lengths",
+        )
     },
     **{name: (name, OP_ARGS[name], "A") for name in OPS if "spline" in name},
     "gated_activation": ("gated_activation", OP_ARGS["gated_activation"], "...0 ...1"),

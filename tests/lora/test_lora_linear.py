@@ -103,6 +103,36 @@ def test_more_ranks_than_the_sums_of_a_cpu_kernel(dtype):
     check_against_float64(ours("cpu"), exactly, Case(37, 264, 200, 256).tensors(dtype))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's choice of a product")
+@pytest.mark.parametrize("rank", [63, 64])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_ranks_around_those_of_the_blas(rank, dropout_p):
+    """Both ways to the same, and dropout, which the BLAS would need a second x for, at either rank."""
+    case, seed = Case(37, 70, 50, rank), seed_of(9)
+    options = {"dropout_p": dropout_p}
+    expected = functools.partial(exactly, keep=case.keep(seed, dropout_p), **options)
+    tensors = case.tensors()
+    check_against_float64(ours("cpu", seed=seed, **options), expected, tensors)
+    column_scale = [*tensors, torch.rand(case.out_features) + 0.5]
+    plainly = functools.partial(plain.dora_linear, scaling=SCALING)
+    check_against_float64(dora("cpu"), plainly, column_scale)
+    apart = [inside_larger(tensor) for tensor in tensors]
+    check_against_float64(ours("cpu"), exactly, apart)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's choice of a product")
+def test_the_blas_takes_many_ranks_in_the_input_s_own_type():
+    """Of 64 ranks in float32 x A^T is one more product of PyTorch's, in bfloat16 it is not."""
+    counts = {}
+    for rank, dtype in ((63, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+        tensors = [tensor.requires_grad_() for tensor in Case(8, 24, 16, rank).tensors(dtype)]
+        with torch.profiler.profile() as profile:
+            ours("cpu")(*tensors).sum().backward()
+        counts[rank, dtype] = sum(event.name == "aten::mm" for event in profile.events())
+    base, many = counts[63, torch.float32], counts[64, torch.float32]
+    assert many == base + 1 and counts[64, torch.bfloat16] == base
+
+
 @every_backend
 def test_float32_adapters_beside_a_bfloat16_base(backend):
     x, weight, bias, lora_a, lora_b = SMALL.tensors(torch.bfloat16)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from warploom.nn import LinearCrossEntropy
-from warploom.ops import vocab
+from warploom.ops import _cross_entropy_blocks, vocab
 from warploom.ops.vocab import linear_cross_entropy
 
 from tests import plain
@@ -92,6 +92,11 @@ CASES = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(vocab, "_chunk_rows", lambda hidden, *_: min(4, len(hidden)))
+    monkeypatch.setattr(
+        _cross_entropy_blocks,
+        "_block_size",
+        lambda hidden, classes: (min(4, len(hidden)), min(40, classes)),
+    )
 
 
 @every_backend
@@ -103,6 +108,59 @@ def test_values_and_gradients(backend, dtype, reduction, case):
     if case.lora and backend in SLOW_BACKENDS and reduction != "mean":
         pytest.skip("the adapter's part is PyTorch's on every backend")
     case.check(backend, dtype, reduction)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_dtype
+@every_reduction
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_frozen_head(backend, dtype, reduction, case):
+    """Values, and the gradients of hidden and of an adapter's lora_a, in blocks of classes too."""
+    targets = case.targets()
+    tensors = case.tensors(dtype)
+    trained = [0] + [len(tensors) - 2] * case.lora
+
+    def freeze(function, **options):
+        bound = case.bind(function, targets, reduction=reduction, **options)
+
+        def frozen(*leaves):
+            arguments = [tensor.to(leaves[0].dtype) for tensor in tensors]
+            for index, leaf in zip(trained, leaves):
+                arguments[index] = leaf
+            return bound(*arguments)
+
+        return frozen
+
+    check_against_float64(
+        freeze(linear_cross_entropy, backend=backend),
+        freeze(plain.linear_cross_entropy),
+        [tensors[index] for index in trained],
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_of_confident_tokens(dtype, trained):
+    """Where a token is all but certain, its small gradient does not drown in what the target's row rounds
+    off."""
+    case = Case(rows=6, features=32)
+    _, weight = case.tensors(torch.float32)
+    targets = case.targets()
+    hidden = (9.0 * weight[targets]).to(dtype)
+    weight = weight.to(dtype)
+    grads = []
+    for function, of in ((plain.linear_cross_entropy, torch.double), (linear_cross_entropy, dtype)):
+        leaf = hidden.to(of).requires_grad_()
+        matrix = weight.to(of).requires_grad_(trained)
+        loss = function(leaf, matrix, targets, reduction="sum")
+        grads.append(torch.autograd.grad(loss, leaf)[0].double())
+    exact, got = grads
+    assert exact.abs().max() < 0.05
+    # A logit near 9 is rounded, and in float32 1 - p near 0.
+    tolerance = 16 * torch.finfo(dtype).eps + 1e-5
+    assert (got - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("wanted", range(5), ids=["hidden", "weight", "bias", "lora_a", "lora_b"])
@@ -133,6 +191,21 @@ def test_chunks_as_they_are_chosen(dtype):
     assert vocab._chunk_rows(hidden, weight, True) == 256
     case.check(None, dtype)
     case.check(None, dtype, "none")
+
+
+def test_the_size_of_blocks():
+    """512 rows, or all of fewer, of 512 to 1024 classes; more of few rows."""
+    sizes = {
+        (1, 512, 152000): (1, 32768),
+        (128, 2048, 32000): (128, 512),
+        (512, 512, 32000): (512, 512),
+        (2048, 1024, 32000): (512, 1024),
+        (2048, 1024, 700): (512, 700),
+        (65536, 4096, 128000): (512, 1024),
+    }
+    for (rows, features, classes), expected in sizes.items():
+        hidden = torch.empty(rows, features, device="meta")
+        assert _cross_entropy_blocks._block_size(hidden, classes) == expected
 
 
 def test_the_size_of_chunks():

@@ -20,6 +20,7 @@ from warploom.ops._check import (
     check_tensor,
     fail,
 )
+from warploom.ops._cross_entropy_blocks import linear_cross_entropy_in_blocks
 from warploom.ops._fakes import dense, statistics_dtype
 from warploom.ops._lora_linear import lora_shrink
 from warploom.reference import vocab as reference
@@ -33,6 +34,15 @@ _cross_entropy_rows_op = define(
     reference=reference.cross_entropy_rows,
     fake=lambda logits, *rest: logits.new_empty(len(logits), dtype=statistics_dtype(logits)),
     triton="vocab.cross_entropy_rows:cross_entropy_rows",
+)
+
+_cross_entropy_block_op = define(
+    "cross_entropy_block",
+    "(Tensor(a!) logits, Tensor(b!) state, Tensor targets, int first, int classes, int ignore_index,"
+    " float softcap, bool gradients) -> Tensor",
+    reference=reference.cross_entropy_block,
+    fake=lambda logits, state, *rest: state.new_empty(len(state)),
+    native=("cpu",),
 )
 
 
@@ -72,17 +82,29 @@ def _linear_cross_entropy(
     summed: bool,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    """`reference.linear_cross_entropy` with the logits of some rows at a time."""
+    """`reference.linear_cross_entropy` with the logits of some rows, or some classes of those, at a time."""
     options = (scaling, ignore_index, label_smoothing, z_loss, softcap, summed)
+    needs_hidden, needs_weight, needs_bias, needs_shrunk, needs_b = needs
+    sums = statistics_dtype(hidden)
+    # What sums over rows takes probabilities, and these a row's log-sum-exp first. A cap and smoothing make
+    # two sums over classes instead of one.
+    sums_over_rows = needs_weight or needs_bias or needs_b
+    smooth_cap = softcap != 0 and label_smoothing != 0 and any(needs)
+    if backend in _cross_entropy_block_op.backends and not sums_over_rows and not smooth_cap:
+        tensors = (hidden, weight, targets, bias, shrunk, lora_b, row_scale)
+        loss, grad_hidden, grad_shrunk = linear_cross_entropy_in_blocks(
+            backend, *tensors, *options[:-1], needs_hidden, needs_shrunk
+        )
+        grad_weight, grad_bias, grad_b = (hidden.new_empty(0, dtype=sums) for _ in range(3))
+        gradients = (grad_hidden, grad_weight, grad_bias, grad_shrunk, grad_b)
+        return loss.sum() if summed else loss, *gradients
     if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         # PyTorch's float16 products on a CPU may take 200 times as long as float32 ones.
         tensors = (hidden, weight, targets, bias, shrunk, lora_b, row_scale)
         wide = (x.float() if x is not None and x.dtype == torch.float16 else x for x in tensors)
         results = _linear_cross_entropy(backend, *wide, *options, *needs)  # type: ignore[arg-type]
         return tuple(x.half() if index in (1, 4) else x for index, x in enumerate(results))
-    needs_hidden, needs_weight, needs_bias, needs_shrunk, needs_b = needs
     rows = _chunk_rows(hidden, weight, needs_weight)
-    sums = statistics_dtype(hidden)
 
     def empty(like: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if like is None or not needed else dense(like)
@@ -215,7 +237,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of z = hidden W^T + bias, some rows of logits at a time: never [N, V] of them.
+    """Cross-entropy of z = hidden W^T + bias, a part of the logits at a time: never [N, V] of them.
 
       z = hidden W^T + bias + scaling (hidden A^T) B^T, capped to softcap tanh(z / softcap)
       loss = lse - (1 - label_smoothing) z_target - label_smoothing mean_j z_j + z_loss lse^2

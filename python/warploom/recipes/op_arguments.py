@@ -121,6 +121,12 @@ def logits_arguments(size: int, dtype: torch.dtype) -> Arguments:
     return logits, targets, None, *LOSS_OPTIONS, False
 
 
+def block_arguments(size: int, dtype: torch.dtype) -> Arguments:
+    logits, targets, *_ = logits_arguments(size, dtype)
+    state = logits.new_zeros(len(logits), 4, dtype=statistics_dtype(dtype))
+    return logits, state, targets, 0, CLASSES, -100, 0.0, False
+
+
 def loss_arguments(size: int, dtype: torch.dtype) -> Arguments:
     hidden = torch.randn(size, CLASS_WIDTH).to(dtype)
     weight = (torch.randn(CLASSES, CLASS_WIDTH) * CLASS_WIDTH**-0.5).to(dtype)

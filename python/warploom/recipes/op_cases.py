@@ -71,6 +71,14 @@ def _rows_loss(*arguments: Any) -> Tensor:
     return loss
 
 
+def _block_state(logits: Tensor, state: Tensor, *rest: Any) -> Tensor:
+    op = OPS["cross_entropy_block"]
+    overload = op.overloads[op.choose(logits, state, *rest)]
+    state.zero_()[:, 0] = float("-inf")
+    overload(logits, state, *rest)
+    return state[:, 0] + state[:, 1].log()
+
+
 _ROWS_SHAPE = f"[S, {given.WIDTH}]"
 _HEADS_SHAPE = f"[1, S, {given.HEADS}, {given.HEAD_DIM}]"
 
@@ -290,6 +298,15 @@ CASES = (
         given.logits_arguments,
         _rows_loss,
         lambda logits, targets, *_: F.cross_entropy(logits, targets, reduction="none"),
+        inputs=0,
+    ),
+    OpCase(
+        "cross_entropy_block",
+        "cross_entropy_block",
+        f"[S, {given.CLASSES}]",
+        given.block_arguments,
+        _block_state,
+        lambda logits, *_: torch.logsumexp(logits, 1),
         inputs=0,
     ),
     OpCase(

@@ -47,6 +47,50 @@ def cross_entropy_rows(
     return torch.where(kept, loss, 0.0)
 
 
+def cross_entropy_block(
+    logits: Tensor,
+    state: Tensor,
+    targets: Tensor,
+    first: int,
+    classes: int,
+    ignore_index: int,
+    softcap: float,
+    gradients: bool,
+) -> Tensor:
+    """Takes the classes [first, first + C) of logits [M, C] into what the others so far amount to.
+
+    state [M, 4], in float32 or wider, has of each row the maximum, the sum of exp(z - maximum), the sum of z
+    and z of the target, z as in `cross_entropy_rows`: at first (-infinity, 0, 0, any). Returns
+    exp(maximum before - maximum) [M], by which sums of terms exp(z - maximum) that were made before are to
+    be multiplied. Where `gradients`, such terms, times d z / d logits, take the place of the logits, but 0 at
+    the target and in rows whose target is ignore_index. Those rows' state stays.
+    """
+    kept = (targets != ignore_index)[:, None]
+    columns = torch.arange(first, first + logits.shape[1], device=logits.device)
+    at_target = columns == targets[:, None]
+    z = logits.to(state.dtype)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    maximum, exponentials, total, target = state.split(1, dim=1)
+    highest = torch.maximum(maximum, z.amax(1, keepdim=True))
+    shift = highest.masked_fill(highest == float("-inf"), 0.0)
+    factor = torch.exp(maximum - shift)
+    terms = torch.exp(z - shift)
+    found = torch.where(at_target, z, 0.0).sum(1, keepdim=True)
+    after = (
+        highest,
+        exponentials * factor + terms.sum(1, keepdim=True),
+        total + z.sum(1, keepdim=True),
+        torch.where(at_target.any(1, keepdim=True), found, target),
+    )
+    state.copy_(torch.where(kept, torch.cat(after, 1), state))
+    if gradients:
+        if softcap:
+            terms = terms * (1.0 - (z / softcap).square())
+        logits.copy_(torch.where(kept & ~at_target, terms, 0.0))
+    return torch.where(kept, factor, 1.0)[:, 0]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
