@@ -16,16 +16,15 @@ struct BackwardLine {
     const W* shift;
     const W* raw_scale;
     const W* weight;
-    const W* mean;
-    const W* grad_mean;         // of grad_log, where centred
-    const std::uint8_t* moved;  // where masked
+    const W* mean;              // of `centred`
+    const std::uint8_t* moved;  // where masked: elements that do not pass
+    W* centred;                 // L, then its gradient
     W* grad_x;
     W* grad_shift;
     W* grad_raw_scale;
     W* grad_weight;  // terms of it, of tanh
     W grad_log_det;
-    std::int64_t next_x;  // from an element to that of the next line
-    std::int64_t next_params;
+    Ahead next[7];
 };
 
 // The gradient of L without that of log_det.
@@ -38,56 +37,27 @@ inline W grad_log(W grad_z, W source, W t, W factor, W log_sign) {
     }
 }
 
-template <typename Scale, bool add_first, bool from_output, typename W>
-[[gnu::flatten]] void grad_log_line(std::int64_t count, const BackwardLine<W>& values,
-                                    const Constants<W>& constants, W* out) {
-    const W *grad_z = values.grad_z, *source = values.source, *shift = values.shift;
-    const W *raw_scale = values.raw_scale, *weight = values.weight, *mean = values.mean;
-    const Constants<W> c = constants;
-#pragma omp simd
-    for (std::int64_t i = 0; i < count; ++i) {
-        const W u = c.params_scale * raw_scale[i];
-        const W log_scale = weighted_log<Scale>(u, weight, i, c).value;
-        const W factor = factor_of<Scale, true>(u, log_scale - mean[i], c);
-        out[i] = grad_log<add_first, from_output>(grad_z[i], source[i], c.shift_scale * shift[i],
-                                                  factor, c.log_sign);
-    }
-}
-
-template <typename Scale, LineKind kind, bool add_first, bool from_output, typename W>
+template <typename Scale, bool masked, bool add_first, bool from_output, typename W>
 [[gnu::flatten]] void backward_line(std::int64_t count, const BackwardLine<W>& values,
                                     const Constants<W>& constants) {
     const W *grad_z = values.grad_z, *source = values.source, *shift = values.shift;
     const W *raw_scale = values.raw_scale, *weight = values.weight;
-    const W *mean = values.mean, *grad_mean = values.grad_mean;
     const std::uint8_t* moved = values.moved;
     W *grad_x = values.grad_x, *grad_shift = values.grad_shift;
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const W grad_log_det = values.grad_log_det;
-    const std::int64_t next_x = values.next_x, next_params = values.next_params;
     const Constants<W> c = constants;
-    constexpr bool centred = kind == LineKind::centred;
     for_each_in_line(
-        count,
-        [=](std::int64_t first) {
-            prefetch(grad_z + first + next_x, kBlockElements);
-            prefetch(source + first + next_x, kBlockElements);
-            prefetch(grad_x + first + next_x, kBlockElements);
-            prefetch(shift + first + next_params, kBlockElements);
-            prefetch(raw_scale + first + next_params, kBlockElements);
-            prefetch(grad_shift + first + next_params, kBlockElements);
-            prefetch(grad_raw_scale + first + next_params, kBlockElements);
-        },
-        [=](std::int64_t i, std::int64_t) {
+        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const LogScale<W> log = weighted_log<Scale>(u, weight, i, c);
-            const W factor =
-                factor_of<Scale, centred>(u, centred ? log.value - mean[i] : log.value, c);
+            const W factor = factor_of<Scale>(u, log.value, c);
             const W upstream = grad_z[i];
-            W grad = grad_log<add_first, from_output>(upstream, source[i], c.shift_scale * shift[i],
-                                                      factor, c.log_sign);
-            grad += centred ? -grad_mean[i] : c.log_sign * grad_log_det;
-            const bool moves = kind != LineKind::masked || moved[i] != 0;
+            const W grad = grad_log<add_first, from_output>(
+                               upstream, source[i], c.shift_scale * shift[i], factor, c.log_sign) +
+                           c.log_sign * grad_log_det;
+            const bool moves = !masked || moved[i] != 0;
             const W grad_in = upstream * factor;
             grad_x[i] = moves ? grad_in : upstream;
             grad_shift[i] = moves ? c.shift_scale * (add_first ? grad_in : upstream) : W{0};
@@ -98,20 +68,68 @@ template <typename Scale, LineKind kind, bool add_first, bool from_output, typen
         });
 }
 
-// What is compiled per scale, so that reading and writing need not be.
-template <typename W>
-struct Functions {
-    void (*backward)(std::int64_t, const BackwardLine<W>&, const Constants<W>&);
-    void (*grad_log)(std::int64_t, const BackwardLine<W>&, const Constants<W>&, W*);
-};
+// Of a line whose L are centred: all but the gradient of the raw scale, and that of L.
+template <bool add_first, bool from_output, typename W>
+[[gnu::flatten]] void centred_line(std::int64_t count, const BackwardLine<W>& values,
+                                   const Constants<W>& constants) {
+    const W *grad_z = values.grad_z, *source = values.source, *shift = values.shift;
+    const W* mean = values.mean;
+    W *centred = values.centred, *grad_x = values.grad_x, *grad_shift = values.grad_shift;
+    const Constants<W> c = constants;
+    for_each_in_line(
+        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
+            const W factor = exponential(c.log_sign * (centred[i] - mean[i]));
+            const W upstream = grad_z[i];
+            const W grad_in = upstream * factor;
+            centred[i] = grad_log<add_first, from_output>(
+                upstream, source[i], c.shift_scale * shift[i], factor, c.log_sign);
+            grad_x[i] = grad_in;
+            grad_shift[i] = c.shift_scale * (add_first ? grad_in : upstream);
+        });
+}
+
+// The gradient of the raw scale, from that of L and its mean.
+template <typename Scale, typename W>
+[[gnu::flatten]] void slope_line(std::int64_t count, const BackwardLine<W>& values,
+                                 const Constants<W>& constants) {
+    const W *raw_scale = values.raw_scale, *weight = values.weight;
+    const W *centred = values.centred, *mean = values.mean;
+    W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
+    const Constants<W> c = constants;
+    for_each_in_line(
+        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
+            const W u = c.params_scale * raw_scale[i];
+            const W grad = centred[i] - mean[i];
+            grad_raw_scale[i] = c.params_scale * grad * weighted_log<Scale>(u, weight, i, c).slope;
+            if constexpr (std::is_same_v<Scale, WeightedTanhScale>) {
+                grad_weight[i] = grad * Scale::log(u, c).value;
+            }
+        });
+}
 
 template <typename W>
-Functions<W> functions_of(const CouplingOptions& options, bool from_output) {
-    return visit_line(options, [&]<typename Scale, LineKind kind, bool add_first>() {
-        return from_output ? Functions<W>{backward_line<Scale, kind, add_first, true, W>,
-                                          grad_log_line<Scale, add_first, true, W>}
-                           : Functions<W>{backward_line<Scale, kind, add_first, false, W>,
-                                          grad_log_line<Scale, add_first, false, W>};
+using LineFunction = void (*)(std::int64_t, const BackwardLine<W>&, const Constants<W>&);
+
+template <typename W>
+LineFunction<W> line_function(const CouplingOptions& options, bool from_output) {
+    if (options.center != CouplingCenter::none) {
+        if (from_output) {
+            return options.add_first ? centred_line<true, true, W> : centred_line<false, true, W>;
+        }
+        return options.add_first ? centred_line<true, false, W> : centred_line<false, false, W>;
+    }
+    return visit_line(options, [&]<typename Scale, bool masked, bool add_first>() {
+        return from_output ? backward_line<Scale, masked, add_first, true, W>
+                           : backward_line<Scale, masked, add_first, false, W>;
+    });
+}
+
+template <typename W>
+LineFunction<W> slope_function(const CouplingOptions& options) {
+    return visit_line(options, []<typename Scale, bool, bool>() -> LineFunction<W> {
+        return slope_line<Scale, W>;
     });
 }
 
@@ -125,27 +143,22 @@ class Backward {
           options_(params.options),
           grads_{params.grad_shift.channel_stride, params.grad_shift.pixel_stride},
           reader_(options_, params.shift, params.raw_scale, grads_),
-          functions_(
-              functions_of<W>(options_, params.from_output || params.grad_z.data == nullptr)),
-          count_(reader_.parts.count) {}
+          compute_(line_function<W>(options_, params.from_output || params.grad_z.data == nullptr)),
+          compute_slopes_(slope_function<W>(options_)) {}
 
     void run() const {
-        if (options_.center == CouplingCenter::sample) {
-            parallel_for(options_.batch, 1, [&](std::int64_t begin, std::int64_t end) {
-                Scratch<W> scratch;
-                for (std::int64_t sample = begin; sample < end; ++sample) {
-                    run_centred_sample(sample, scratch);
-                }
-            });
+        if (options_.center == CouplingCenter::none) {
+            for_each_part(options_, reader_.parts.count,
+                          [&](std::int64_t sample, std::int64_t part) {
+                              Scratch<W> scratch;
+                              run_part(sample, part, scratch);
+                          });
         } else {
-            for_each_part(options_, count_, [&](std::int64_t sample, std::int64_t part) {
-                Scratch<W> scratch;
-                if (options_.center == CouplingCenter::channel) {
-                    reader_.log_sums(sample, part, scratch);
-                    grad_log_sums(sample, part, W{0}, scratch);
-                }
-                run_part(sample, part, W{0}, W{0}, scratch);
-            });
+            reader_.for_centred_parts(
+                [&](std::int64_t sample, std::int64_t begin, std::int64_t end) {
+                    Scratch<W> scratch;
+                    run_centred(sample, begin, end, scratch);
+                });
         }
         if (params_.grad_weight != nullptr) {
             add_partials();
@@ -153,95 +166,137 @@ class Backward {
     }
 
   private:
-    void run_centred_sample(std::int64_t sample, Scratch<W>& scratch) const {
+    // L of the parts, then its gradient beside those of x and shift, then that of the raw scale.
+    void run_centred(std::int64_t sample, std::int64_t begin, std::int64_t end,
+                     Scratch<W>& scratch) const {
+        const Centred<W> centred(reader_.centred_elements());
+        W* at = centred.values;
         double total = 0;
-        for (std::int64_t part = 0; part < count_; ++part) {
-            total += reader_.log_sums(sample, part, scratch);
+        for (std::int64_t part = begin; part < end; ++part) {
+            total += reader_.log_sums(sample, part, scratch, at);
         }
         const W mean = reader_.mean_of(total);
+        at = centred.values;
         total = 0;
-        for (std::int64_t part = 0; part < count_; ++part) {
-            total += grad_log_sums(sample, part, mean, scratch);
+        for (std::int64_t part = begin; part < end; ++part) {
+            write_passing(sample, part);
+            total += reader_.sums(part, scratch, [&](const Line& line) {
+                BackwardLine<W> values = read_upstream(sample, scratch);
+                values.centred = at;
+                values.mean = reader_.mean(scratch, mean);
+                compute_(line.count, values, reader_.constants);
+                write_upstream(sample, line, values);
+                at += line.count;
+                return values.centred;
+            });
         }
         const W grad_mean = reader_.mean_of(total);
-        for (std::int64_t part = 0; part < count_; ++part) {
-            run_part(sample, part, mean, grad_mean, scratch);
+        at = centred.values;
+        for (std::int64_t part = begin; part < end; ++part) {
+            W* partials = clear_partials(sample, part);
+            reader_.for_lines(part, scratch, [&](const Line& line) {
+                BackwardLine<W> values{};
+                read_scale(sample, scratch, values);
+                values.centred = at;
+                values.mean = reader_.mean(scratch, grad_mean);
+                compute_slopes_(line.count, values, reader_.constants);
+                write_scale(sample, line, values, partials);
+                at += line.count;
+            });
         }
     }
 
-    // The inputs of a line.
-    BackwardLine<W> read(std::int64_t sample, W mean, W grad_mean, Scratch<W>& scratch) const {
-        const Line& line = scratch.line;
-        const bool has_grad_z = params_.grad_z.data != nullptr;
-        const W* grad_log_det = static_cast<const W*>(params_.grad_log_det);
-        BackwardLine<W> values{};
-        if (has_grad_z) {
-            values.grad_z = read_line(sample_of<T>(params_.grad_z, sample), line, scratch.grad_z);
-            values.source = read_line(sample_of<T>(params_.source, sample), line, scratch.x);
-            values.shift = reader_.shift(sample, scratch);
-        } else {
-            fill_run(W{0}, line.count, scratch.grad_z);
-            values.grad_z = values.source = values.shift = scratch.grad_z;
-        }
-        values.raw_scale = reader_.raw_scale(sample, scratch);
-        values.weight = reader_.weight(scratch);
-        values.mean = reader_.mean(scratch, scratch.pixel_mean, mean, scratch.mean);
-        values.grad_mean =
-            reader_.mean(scratch, scratch.pixel_grad_mean, grad_mean, scratch.grad_mean);
-        values.moved = line.moved;
-        values.grad_x = line_target(sample_of<T>(params_.grad_x, sample), line, scratch.out[0]);
-        values.grad_shift =
-            params_target(sample_of<T>(params_.grad_shift, sample), line, scratch.out[1]);
-        values.grad_raw_scale =
-            params_target(sample_of<T>(params_.grad_raw_scale, sample), line, scratch.out[2]);
-        values.grad_weight = scratch.terms;
-        values.grad_log_det = grad_log_det == nullptr ? W{0} : grad_log_det[sample];
-        values.next_x = next_x<T, W>(line);
-        values.next_params = next_params<T, W>(line);
-        return values;
-    }
-
-    double grad_log_sums(std::int64_t sample, std::int64_t part, W mean,
-                         Scratch<W>& scratch) const {
-        return reader_.sums(part, scratch, scratch.pixel_grad_mean, [&](const Line& line) {
-            functions_.grad_log(line.count, read(sample, mean, W{0}, scratch), reader_.constants,
-                                scratch.terms);
-            return scratch.terms;
+    void run_part(std::int64_t sample, std::int64_t part, Scratch<W>& scratch) const {
+        write_passing(sample, part);
+        W* partials = clear_partials(sample, part);
+        reader_.for_lines(part, scratch, [&](const Line& line) {
+            BackwardLine<W> values = read_upstream(sample, scratch);
+            read_scale(sample, scratch, values);
+            compute_(line.count, values, reader_.constants);
+            write_upstream(sample, line, values);
+            write_scale(sample, line, values, partials);
         });
     }
 
-    void run_part(std::int64_t sample, std::int64_t part, W mean, W grad_mean,
-                  Scratch<W>& scratch) const {
+    void write_passing(std::int64_t sample, std::int64_t part) const {
         const CouplingParts& parts = reader_.parts;
-        T* grad_x = sample_of<T>(params_.grad_x, sample);
-        T* grad_shift = sample_of<T>(params_.grad_shift, sample);
-        T* grad_raw_scale = sample_of<T>(params_.grad_raw_scale, sample);
-        if (!is_masked(options_)) {
-            copy_passing(options_, parts, part, sample_of<T>(params_.grad_z, sample), grad_x);
+        const T* grad_z = sample_of<T>(params_.grad_z, sample);
+        if (!lines_write_all(options_) || (grad_z == nullptr && !is_masked(options_))) {
+            copy_passing(options_, parts, part, grad_z, sample_of<T>(params_.grad_x, sample));
         }
         if (has_unused_params(options_)) {
-            clear_params(options_, parts, grads_, part, grad_shift);
+            clear_params(options_, parts, grads_, part, sample_of<T>(params_.grad_shift, sample));
+            T* grad_raw_scale = sample_of<T>(params_.grad_raw_scale, sample);
             if (grad_raw_scale != nullptr) {
                 clear_params(options_, parts, grads_, part, grad_raw_scale);
             }
         }
-        W* partials = clear_partials(sample, part);
-        reader_.for_lines(part, scratch, [&](const Line& line) {
-            const BackwardLine<W> values = read(sample, mean, grad_mean, scratch);
-            functions_.backward(line.count, values, reader_.constants);
-            if (params_.grad_z.data == nullptr) {  // it is 0, also where s is infinite
-                fill_run(W{0}, line.count, values.grad_x);
-                fill_run(W{0}, line.count, values.grad_shift);
-            }
-            write_line(values.grad_x, line, grad_x);
-            write_params(values.grad_shift, line, grad_shift);
-            if (grad_raw_scale != nullptr) {
-                write_params(values.grad_raw_scale, line, grad_raw_scale);
-            }
-            if (partials != nullptr) {
-                add_to_slots(scratch.terms, line, partials);
-            }
-        });
+    }
+
+    BackwardLine<W> read_upstream(std::int64_t sample, Scratch<W>& scratch) const {
+        const Line& line = scratch.line;
+        const W* grad_log_det = static_cast<const W*>(params_.grad_log_det);
+        BackwardLine<W> values{};
+        if (params_.grad_z.data != nullptr) {
+            const T* grad_z = sample_of<T>(params_.grad_z, sample);
+            const T* source = sample_of<T>(params_.source, sample);
+            values.grad_z = read_line(grad_z, line, scratch.grad_z);
+            values.source = read_line(source, line, scratch.x);
+            values.shift = reader_.shift(sample, scratch);
+            values.next[0] = next_line(grad_z, line);
+            values.next[1] = next_line(source, line);
+            values.next[2] = reader_.next_shift(sample, line);
+        } else {
+            fill_run(W{0}, line.count, scratch.grad_z);
+            values.grad_z = values.source = values.shift = scratch.grad_z;
+        }
+        values.moved = line.moved;
+        values.grad_log_det = grad_log_det == nullptr ? W{0} : grad_log_det[sample];
+        T* grad_x = sample_of<T>(params_.grad_x, sample);
+        T* grad_shift = sample_of<T>(params_.grad_shift, sample);
+        values.grad_x = line_target(grad_x, line, scratch.out[0]);
+        values.grad_shift = params_target(grad_shift, line, scratch.out[1]);
+        values.next[3] = next_line<T>(grad_x, line);
+        values.next[4] = next_grads(grad_shift, line);
+        return values;
+    }
+
+    void read_scale(std::int64_t sample, Scratch<W>& scratch, BackwardLine<W>& values) const {
+        const Line& line = scratch.line;
+        T* grad_raw_scale = sample_of<T>(params_.grad_raw_scale, sample);
+        values.raw_scale = reader_.raw_scale(sample, scratch);
+        values.weight = reader_.weight(scratch);
+        values.grad_raw_scale = params_target(grad_raw_scale, line, scratch.out[2]);
+        values.grad_weight = scratch.grad_weight;
+        values.next[5] = reader_.next_raw_scale(sample, line);
+        values.next[6] = next_grads(grad_raw_scale, line);
+    }
+
+    Ahead next_grads(const T* sample, const Line& line) const {
+        return next_params(sample, line, line.runs[0].grads, line.grads_step);
+    }
+
+    void write_upstream(std::int64_t sample, const Line& line,
+                        const BackwardLine<W>& values) const {
+        T* grad_x = sample_of<T>(params_.grad_x, sample);
+        const T* passing = sample_of<T>(params_.grad_z, sample);
+        if (passing == nullptr) {  // the gradients are 0, also where s is infinite
+            fill_run(W{0}, line.count, values.grad_x);
+            fill_run(W{0}, line.count, values.grad_shift);
+            passing = grad_x;
+        }
+        write_line(values.grad_x, line, grad_x, passing);
+        write_params(values.grad_shift, line, sample_of<T>(params_.grad_shift, sample));
+    }
+
+    void write_scale(std::int64_t sample, const Line& line, const BackwardLine<W>& values,
+                     W* partials) const {
+        if (T* grad_raw_scale = sample_of<T>(params_.grad_raw_scale, sample)) {
+            write_params(values.grad_raw_scale, line, grad_raw_scale);
+        }
+        if (partials != nullptr) {
+            add_to_slots(values.grad_weight, line, partials);
+        }
     }
 
     // Where a part adds its terms of grad_weight [count], or null: a part of one channel has one.
@@ -287,8 +342,8 @@ class Backward {
     const CouplingOptions& options_;
     const ParamsStrides grads_;
     const Reader<T> reader_;
-    const Functions<W> functions_;
-    const std::int64_t count_;
+    const LineFunction<W> compute_;
+    const LineFunction<W> compute_slopes_;
 };
 
 }  // namespace

@@ -15,46 +15,63 @@ struct ForwardLine {
     const W* shift;
     const W* raw_scale;
     const W* weight;            // of tanh
+    const W* log_scale;         // where centred
     const W* mean;              // where centred
-    const std::uint8_t* moved;  // where masked
+    const std::uint8_t* moved;  // where masked: elements that do not pass
     W* z;
-    std::int64_t next_x;  // from an element to that of the next line
-    std::int64_t next_params;
+    Ahead next[4];
 };
 
 // z of a line; returns the sum of L. Here and below, a copy of the constants tells the compiler
 // that what is written does not change them.
-template <typename Scale, LineKind kind, bool add_first, typename W>
+template <typename Scale, bool masked, bool add_first, typename W>
 [[gnu::flatten]] double forward_line(std::int64_t count, const ForwardLine<W>& line,
                                      const Constants<W>& constants) {
-    const W *x = line.x, *shift = line.shift, *raw_scale = line.raw_scale;
-    const W *weight = line.weight, *mean = line.mean;
+    const W *x = line.x, *shift = line.shift, *raw_scale = line.raw_scale, *weight = line.weight;
     const std::uint8_t* moved = line.moved;
     W* z = line.z;
-    const std::int64_t next_x = line.next_x, next_params = line.next_params;
     const Constants<W> c = constants;
-    constexpr bool centred = kind == LineKind::centred;
     W sums[kBlockElements] = {};
     for_each_in_line(
-        count,
-        [=](std::int64_t first) {
-            prefetch(x + first + next_x, kBlockElements);
-            prefetch(z + first + next_x, kBlockElements);
-            prefetch(shift + first + next_params, kBlockElements);
-            prefetch(raw_scale + first + next_params, kBlockElements);
-        },
-        [=, &sums](std::int64_t i, std::int64_t lane) {
+        count, [&](std::int64_t first) { ask_for_all(line.next, first); },
+        [=, &sums](std::int64_t i, std::int64_t lane) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const W t = c.shift_scale * shift[i];
             const W log_scale = weighted_log<Scale>(u, weight, i, c).value;
-            const bool moves = kind != LineKind::masked || moved[i] != 0;
+            const bool moves = !masked || moved[i] != 0;
             sums[lane] += moves ? log_scale : W{0};
-            const W factor =
-                factor_of<Scale, centred>(u, centred ? log_scale - mean[i] : log_scale, c);
+            const W factor = factor_of<Scale>(u, log_scale, c);
             const W value = add_first ? factor * (x[i] + t) : fused_multiply_add(factor, x[i], t);
             z[i] = moves ? value : x[i];
         });
     return sum_of_lanes(sums);
+}
+
+// z of a line whose L were found before, and then their mean.
+template <bool add_first, typename W>
+[[gnu::flatten]] double centred_line(std::int64_t count, const ForwardLine<W>& line,
+                                     const Constants<W>& constants) {
+    const W *x = line.x, *shift = line.shift, *log_scale = line.log_scale, *mean = line.mean;
+    W* z = line.z;
+    const Constants<W> c = constants;
+    for_each_in_line(
+        count, [&](std::int64_t first) { ask_for_all(line.next, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
+            const W t = c.shift_scale * shift[i];
+            const W factor = exponential(c.log_sign * (log_scale[i] - mean[i]));
+            z[i] = add_first ? factor * (x[i] + t) : fused_multiply_add(factor, x[i], t);
+        });
+    return 0;
+}
+
+template <typename W>
+auto line_function(const CouplingOptions& options) {
+    if (options.center != CouplingCenter::none) {
+        return options.add_first ? centred_line<true, W> : centred_line<false, W>;
+    }
+    return visit_line(options, []<typename Scale, bool masked, bool add_first>() {
+        return forward_line<Scale, masked, add_first, W>;
+    });
 }
 
 template <typename T>
@@ -62,53 +79,63 @@ void forward(const AffineCouplingParams& params) {
     using W = Wide<T>;
     const CouplingOptions& options = params.options;
     const Reader<T> reader(options, params.shift, params.raw_scale, {0, 0});
-    const auto compute = visit_line(options, []<typename Scale, LineKind kind, bool add_first>() {
-        return forward_line<Scale, kind, add_first, W>;
-    });
+    const auto compute = line_function<W>(options);
     const std::int64_t count = reader.parts.count;
     W* partials = static_cast<W*>(params.partials);
-    const bool in_place = params.z.data == params.x.data;
+    const bool copies = params.z.data != params.x.data && !lines_write_all(options);
 
-    const auto run = [&](std::int64_t sample, std::int64_t part, W mean, Scratch<W>& scratch) {
+    // `logs`: where centred, L of the part's elements.
+    const auto run = [&](std::int64_t sample, std::int64_t part, Scratch<W>& scratch, W mean,
+                         const W*& logs) {
         const T* x = sample_of<T>(params.x, sample);
         T* z = sample_of<T>(params.z, sample);
-        if (!in_place && !is_masked(options)) {
+        if (copies) {
             copy_passing(options, reader.parts, part, x, z);
         }
         double sum = 0;
         reader.for_lines(part, scratch, [&](const Line& line) {
-            W* target = line_target(z, line, scratch.out[0]);
-            sum += compute(line.count,
-                           {read_line(x, line, scratch.x), reader.shift(sample, scratch),
-                            reader.raw_scale(sample, scratch), reader.weight(scratch),
-                            reader.mean(scratch, scratch.pixel_mean, mean, scratch.mean),
-                            line.moved, target, next_x<T, W>(line), next_params<T, W>(line)},
-                           reader.constants);
-            write_line(target, line, z);
+            ForwardLine<W> values{};
+            values.x = read_line(x, line, scratch.x);
+            values.shift = reader.shift(sample, scratch);
+            values.moved = line.moved;
+            values.z = line_target(z, line, scratch.out[0]);
+            values.next[0] = next_line<T>(x, line);
+            values.next[1] = next_line<T>(z, line);
+            values.next[2] = reader.next_shift(sample, line);
+            if (logs != nullptr) {
+                values.log_scale = logs;
+                values.mean = reader.mean(scratch, mean);
+                logs += line.count;
+            } else {
+                values.raw_scale = reader.raw_scale(sample, scratch);
+                values.weight = reader.weight(scratch);
+                values.next[3] = reader.next_raw_scale(sample, line);
+            }
+            sum += compute(line.count, values, reader.constants);
+            write_line(values.z, line, z, x);
         });
         partials[sample * count + part] = static_cast<W>(sum);
     };
 
-    if (options.center == CouplingCenter::sample) {
-        parallel_for(options.batch, 1, [&](std::int64_t begin, std::int64_t end) {
-            Scratch<W> scratch;
-            for (std::int64_t sample = begin; sample < end; ++sample) {
-                double total = 0;
-                for (std::int64_t part = 0; part < count; ++part) {
-                    total += reader.log_sums(sample, part, scratch);
-                }
-                for (std::int64_t part = 0; part < count; ++part) {
-                    run(sample, part, reader.mean_of(total), scratch);
-                }
-            }
-        });
-    } else {
+    if (options.center == CouplingCenter::none) {
         for_each_part(options, count, [&](std::int64_t sample, std::int64_t part) {
             Scratch<W> scratch;
-            if (options.center == CouplingCenter::channel) {
-                reader.log_sums(sample, part, scratch);
+            const W* logs = nullptr;
+            run(sample, part, scratch, W{0}, logs);
+        });
+    } else {
+        reader.for_centred_parts([&](std::int64_t sample, std::int64_t begin, std::int64_t end) {
+            Scratch<W> scratch;
+            const Centred<W> centred(reader.centred_elements());
+            W* found = centred.values;
+            double total = 0;
+            for (std::int64_t part = begin; part < end; ++part) {
+                total += reader.log_sums(sample, part, scratch, found);
             }
-            run(sample, part, W{0}, scratch);
+            const W* logs = centred.values;
+            for (std::int64_t part = begin; part < end; ++part) {
+                run(sample, part, scratch, reader.mean_of(total), logs);
+            }
         });
     }
 

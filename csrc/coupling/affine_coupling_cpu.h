@@ -17,31 +17,15 @@
 namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {
 
-// What a line is beside elements with parameters of their own: means are taken off its logarithms,
-// or some of it pass.
-enum class LineKind { plain, centred, masked };
-
-inline LineKind kind_of(const CouplingOptions& options) {
-    return options.center != CouplingCenter::none ? LineKind::centred
-           : is_masked(options)                   ? LineKind::masked
-                                                  : LineKind::plain;
-}
-
-// Calls visit.template operator()<Scale, kind, add_first>() with what the options stand for.
+// Calls visit.template operator()<Scale, masked, add_first>() with what the options stand for.
 template <typename Scale, typename Visit>
 auto visit_kind(const CouplingOptions& options, const Visit& visit) {
-    const auto visit_order = [&]<LineKind kind>() {
-        return options.add_first ? visit.template operator()<Scale, kind, true>()
-                                 : visit.template operator()<Scale, kind, false>();
-    };
-    switch (kind_of(options)) {
-        case LineKind::centred:
-            return visit_order.template operator()<LineKind::centred>();
-        case LineKind::masked:
-            return visit_order.template operator()<LineKind::masked>();
-        default:
-            return visit_order.template operator()<LineKind::plain>();
+    if (is_masked(options)) {
+        return options.add_first ? visit.template operator()<Scale, true, true>()
+                                 : visit.template operator()<Scale, true, false>();
     }
+    return options.add_first ? visit.template operator()<Scale, false, true>()
+                             : visit.template operator()<Scale, false, false>();
 }
 
 template <bool reciprocal, typename Visit>
@@ -106,6 +90,18 @@ template <typename Prepare, typename Body>
     }
 }
 
+// Two requests a block: they are 64 bytes apart for float32.
+[[gnu::always_inline]] inline void ask_for(const Ahead& ahead, std::int64_t first) {
+    __builtin_prefetch(ahead.first + first * ahead.step, 0, 2);
+    __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 2);
+}
+template <int count>
+[[gnu::always_inline]] inline void ask_for_all(const Ahead (&next)[count], std::int64_t first) {
+    for (const Ahead& ahead : next) {
+        ask_for(ahead, first);
+    }
+}
+
 template <typename W>
 [[gnu::always_inline]] inline double sum_of_lanes(const W (&sums)[kBlockElements]) {
     double sum = 0;
@@ -118,17 +114,19 @@ template <typename W>
 
 template <typename Scale, typename W>
 [[gnu::flatten]] void log_line(std::int64_t count, const W* raw_scale, const W* weight,
-                               const Constants<W>& constants, W* log_scale) {
+                               const Ahead& next, const Constants<W>& constants, W* log_scale) {
     const Constants<W> c = constants;
-#pragma omp simd
-    for (std::int64_t i = 0; i < count; ++i) {
-        log_scale[i] = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
-    }
+    const Ahead ahead = next;
+    for_each_in_line(
+        count, [=](std::int64_t first) { ask_for(ahead, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
+            log_scale[i] = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
+        });
 }
 
 template <typename W>
 auto log_line_of(const CouplingOptions& options) {
-    return visit_line(options, []<typename Scale, LineKind, bool>() { return log_line<Scale, W>; });
+    return visit_line(options, []<typename Scale, bool, bool>() { return log_line<Scale, W>; });
 }
 
 template <typename W>
@@ -150,11 +148,9 @@ struct alignas(64) Scratch {
     W raw_scale[kLine];
     W weight[kLine];
     W mean[kLine];
-    W grad_mean[kLine];
     W out[3][kLine];
-    W terms[kLine];
+    W grad_weight[kLine];
     W pixel_mean[kCouplingCentredPixels];
-    W pixel_grad_mean[kCouplingCentredPixels];
     Line line;
 };
 
@@ -247,6 +243,18 @@ T* sample_of(const CouplingOutput& view, std::int64_t sample) {
     return view.data == nullptr ? nullptr : static_cast<T*>(view.data) + sample * view.batch_stride;
 }
 
+// A number for each element that is centred; what it holds is undefined at first.
+template <typename W>
+class Centred {
+  public:
+    explicit Centred(std::int64_t count) : values(new W[count]) {}
+    Centred(const Centred&) = delete;
+    Centred& operator=(const Centred&) = delete;
+    ~Centred() { delete[] values; }
+
+    W* const values;
+};
+
 // Reads the parameters of lines, and finds the means of their logarithms.
 template <typename T>
 class Reader {
@@ -286,29 +294,40 @@ class Reader {
         return scratch.weight;
     }
 
-    // to[i] = the mean of element i of the line, per pixel or of the whole sample.
-    const W* mean(const Scratch<W>& scratch, const W* per_pixel, W of_sample, W* to) const {
-        if (options.center == CouplingCenter::channel) {
-            read_pixels(per_pixel, scratch.line, to);
-        } else if (options.center == CouplingCenter::sample) {
-            fill_run(of_sample, scratch.line.count, to);
-        }
-        return to;
+    // Where shift and raw scale of the next line are.
+    Ahead next_shift(std::int64_t sample, const Line& line) const {
+        return next_params(sample_of<T>(shift_, sample), line, line.runs[0].params,
+                           line.params_step);
+    }
+    Ahead next_raw_scale(std::int64_t sample, const Line& line) const {
+        return next_params(sample_of<T>(raw_scale_, sample), line, line.runs[0].params,
+                           line.params_step);
     }
 
-    // Means over the transformed channels of each pixel of a part of what values(scratch) gives for
-    // a line, or returned the sum of all of it.
-    template <typename Values>
-    double sums(std::int64_t part, Scratch<W>& scratch, W* per_pixel, const Values& values) const {
-        const bool of_pixels = options.center == CouplingCenter::channel;
-        if (of_pixels) {
-            fill_run(W{0}, kCouplingCentredPixels, per_pixel);
+    // The mean of each element of the line, of its pixel or of the whole sample.
+    const W* mean(Scratch<W>& scratch, W of_sample) const {
+        const Line& line = scratch.line;
+        if (options.center == CouplingCenter::sample) {
+            fill_run(of_sample, line.count, scratch.mean);
+        } else if (line.run_count == 1 && !line.along_channels) {
+            return scratch.pixel_mean + line.runs[0].pixel;
+        } else {
+            read_pixels(scratch.pixel_mean, line, scratch.mean);
         }
+        return scratch.mean;
+    }
+
+    // Means over the transformed channels of each pixel of a part of what values(line) gives for a
+    // line, or returned the sum of all of it.
+    template <typename Values>
+    double sums(std::int64_t part, Scratch<W>& scratch, const Values& values) const {
+        const bool of_pixels = options.center == CouplingCenter::channel;
+        W found[kCouplingCentredPixels] = {};
         double total = 0;
         for_lines(part, scratch, [&](const Line& line) {
             const W* terms = values(line);
             if (of_pixels) {
-                add_to_pixels(terms, line, per_pixel);
+                add_to_pixels(terms, line, found);
             } else {
                 W sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -318,19 +337,43 @@ class Reader {
                 total += sum;
             }
         });
-        if (of_pixels) {
-            for (std::int64_t i = 0; i < kCouplingCentredPixels; ++i) {
-                per_pixel[i] /= static_cast<W>(std::max(1, options.count));
-            }
+        for (std::int64_t i = 0; of_pixels && i < kCouplingCentredPixels; ++i) {
+            scratch.pixel_mean[i] = found[i] / static_cast<W>(std::max(1, options.count));
         }
         return total;
     }
 
-    double log_sums(std::int64_t sample, std::int64_t part, Scratch<W>& scratch) const {
-        return sums(part, scratch, scratch.pixel_mean, [&](const Line& line) {
-            log_(line.count, raw_scale(sample, scratch), weight(scratch), constants, scratch.terms);
-            return scratch.terms;
+    // Their L, which goes to `logs`, line after line.
+    double log_sums(std::int64_t sample, std::int64_t part, Scratch<W>& scratch, W*& logs) const {
+        return sums(part, scratch, [&](const Line& line) {
+            W* found = logs;
+            log_(line.count, raw_scale(sample, scratch), weight(scratch),
+                 next_raw_scale(sample, line), constants, found);
+            logs += line.count;
+            return found;
         });
+    }
+
+    // How many elements are centred by the same means, or at once.
+    std::int64_t centred_elements() const {
+        return options.count *
+               (options.center == CouplingCenter::channel ? parts.pixels : options.pixels);
+    }
+
+    // Calls body(sample, begin, end) for parts that are centred at once.
+    template <typename Body>
+    void for_centred_parts(const Body& body) const {
+        if (options.center == CouplingCenter::sample) {
+            parallel_for(options.batch, 1, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t sample = begin; sample < end; ++sample) {
+                    body(sample, 0, parts.count);
+                }
+            });
+        } else {
+            for_each_part(options, parts.count, [&](std::int64_t sample, std::int64_t part) {
+                body(sample, part, part + 1);
+            });
+        }
     }
 
     W mean_of(double total) const {
@@ -342,7 +385,7 @@ class Reader {
     const Constants<W> constants;
 
   private:
-    void (*const log_)(std::int64_t, const W*, const W*, const Constants<W>&, W*);
+    void (*const log_)(std::int64_t, const W*, const W*, const Ahead&, const Constants<W>&, W*);
     const CouplingView& shift_;
     const CouplingView& raw_scale_;
     const ParamsStrides params_;

@@ -38,21 +38,29 @@ inline void read_indexed(const T* from, const std::int32_t* indices, std::int64_
 }
 
 template <typename T, typename W>
-inline void write_run(const W* from, std::int64_t step, std::int64_t length, T* to) {
-    if (step == 1) {
+inline void write_run(const W* from, std::int64_t length, T* to) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[i] = narrow<T>(from[i]);
+    }
+}
+
+// A run of every other element, and between them what `passing` has there: whole vectors are
+// written. The first element's place in a row of pairs is `odd`.
+template <typename T, typename W>
+inline void write_between(const W* from, const T* passing, bool odd, std::int64_t length, T* to) {
+    if (odd) {
 #pragma omp simd
         for (std::int64_t i = 0; i < length; ++i) {
-            to[i] = narrow<T>(from[i]);
+            to[2 * i - 1] = passing[2 * i - 1];
+            to[2 * i] = narrow<T>(from[i]);
         }
     } else {
-        // What lies between is written, too, as it is: then whole vectors are.
 #pragma omp simd
-        for (std::int64_t i = 0; i < length - 1; ++i) {
-            const T between = to[2 * i + 1];
+        for (std::int64_t i = 0; i < length; ++i) {
             to[2 * i] = narrow<T>(from[i]);
-            to[2 * i + 1] = between;
+            to[2 * i + 1] = passing[2 * i + 1];
         }
-        to[2 * (length - 1)] = narrow<T>(from[length - 1]);
     }
 }
 
@@ -75,15 +83,31 @@ inline bool is_run_of_params(const Line& line, std::int64_t step) {
     return std::is_same_v<T, W> && (line.run_count == 1 || line.joined_params) && step == 1;
 }
 
-// How far behind an element of a line, or its parameters, the next line has its own.
-template <typename T, typename W>
-inline std::int64_t next_x(const Line& line) {
-    return is_run<T, W>(line) ? line.count + line.runs[0].x_gap : 0;
+// Where the next line likely has its elements, so that they can be asked for.
+inline constexpr char kNowhere = 0;
+struct Ahead {
+    const char* first = &kNowhere;
+    std::int64_t step = 0;  // bytes from an element to the next
+};
+
+template <typename T>
+inline Ahead next_line(const T* sample, const Line& line) {
+    const bool known =
+        sample != nullptr && line.indices == nullptr && (line.run_count == 1 || line.joined_params);
+    const std::int64_t at = line.runs[0].x + line.x_step * line.count + line.runs[0].x_gap;
+    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
+                         line.x_step * static_cast<std::int64_t>(sizeof(T))}
+                 : Ahead{};
 }
-template <typename T, typename W>
-inline std::int64_t next_params(const Line& line) {
-    return is_run_of_params<T, W>(line, line.params_step) ? line.count + line.runs[0].params_gap
-                                                          : 0;
+// `place`: of the first parameters of the line, or of their gradients.
+template <typename T>
+inline Ahead next_params(const T* sample, const Line& line, std::int64_t place, std::int64_t step) {
+    const bool known =
+        sample != nullptr && step == 1 && (line.run_count == 1 || line.joined_params);
+    const std::int64_t at = place + line.count + line.runs[0].params_gap;
+    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
+                         static_cast<std::int64_t>(sizeof(T))}
+                 : Ahead{};
 }
 
 // The elements of a line of a sample of x, in `buffer` [kLine] or where they are.
@@ -148,8 +172,9 @@ inline W* params_target(T* sample, const Line& line, W* buffer) {
     return buffer;
 }
 
+// `passing`: where what lies between the elements of a packed checkerboard is found.
 template <typename T, typename W>
-inline void write_line(const W* from, const Line& line, T* sample) {
+inline void write_line(const W* from, const Line& line, T* sample, const T* passing) {
     if (is_run<T, W>(line)) {
         return;
     }
@@ -157,8 +182,10 @@ inline void write_line(const W* from, const Line& line, T* sample) {
         const Run& run = line.runs[r];
         if (line.indices != nullptr) {
             write_indexed(from, line.indices + run.index, 1, run.length, sample + run.x);
+        } else if (line.x_step == 1) {
+            write_run(from, run.length, sample + run.x);
         } else {
-            write_run(from, line.x_step, run.length, sample + run.x);
+            write_between(from, passing + run.x, (run.x & 1) != 0, run.length, sample + run.x);
         }
         from += run.length;
     }
@@ -170,12 +197,19 @@ inline void write_params(const W* from, const Line& line, T* sample) {
         return;
     }
     if (line.joined_params) {
-        write_run(from, 1, line.count, sample + line.runs[0].grads);
+        write_run(from, line.count, sample + line.runs[0].grads);
         return;
     }
     for (std::int64_t r = 0; r < line.run_count; ++r) {
         const Run& run = line.runs[r];
-        write_run(from, line.grads_step, run.length, sample + run.grads);
+        T* to = sample + run.grads;
+        if (line.grads_step == 1) {
+            write_run(from, run.length, to);
+        } else {
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                to[2 * i] = narrow<T>(from[i]);
+            }
+        }
         from += run.length;
     }
 }

@@ -51,6 +51,12 @@ inline bool is_masked(const CouplingOptions& options) {
            (options.mask == CouplingMask::checkerboard && !options.channels_last);
 }
 
+// Whether what passes is written with the lines.
+inline bool lines_write_all(const CouplingOptions& options) {
+    return is_masked(options) ||
+           (options.mask == CouplingMask::checkerboard_packed && !options.channels_last);
+}
+
 // Whether parameters stand at places that are in no line.
 inline bool has_unused_params(const CouplingOptions& options) {
     return options.mask == CouplingMask::checkerboard && options.channels_last;

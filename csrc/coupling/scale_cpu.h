@@ -182,12 +182,12 @@ struct SoftclipScale {
     }
 };
 
-// s^p: exp(p L), or the scale's own factor where no mean was taken off L.
-template <typename Scale, bool centered, typename W>
+// s^p: exp(p L), or the scale's own factor.
+template <typename Scale, typename W>
 [[gnu::always_inline]] inline W factor_of(W raw_scale, W log_scale, const Constants<W>& c) {
     if constexpr (std::is_same_v<Scale, AdditiveScale>) {
         return W{1};
-    } else if constexpr (!centered && requires { Scale::factor(raw_scale, c); }) {
+    } else if constexpr (requires { Scale::factor(raw_scale, c); }) {
         return Scale::factor(raw_scale, c);
     } else {
         return exponential(c.log_sign * log_scale);
