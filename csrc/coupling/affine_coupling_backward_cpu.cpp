@@ -24,7 +24,7 @@ struct BackwardLine {
     W* grad_raw_scale;
     W* grad_weight;  // terms of it, of tanh
     W grad_log_det;
-    Ahead next[7];
+    AheadAll<7> next;
 };
 
 // The gradient of L without that of log_det.
@@ -47,8 +47,9 @@ template <typename Scale, bool masked, bool add_first, bool from_output, typenam
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const W grad_log_det = values.grad_log_det;
     const Constants<W> c = constants;
+    const AheadAll<7> next = values.next;
     for_each_in_line(
-        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const LogScale<W> log = weighted_log<Scale>(u, weight, i, c);
@@ -76,8 +77,9 @@ template <bool add_first, bool from_output, typename W>
     const W* mean = values.mean;
     W *centred = values.centred, *grad_x = values.grad_x, *grad_shift = values.grad_shift;
     const Constants<W> c = constants;
+    const AheadAll<7> next = values.next;
     for_each_in_line(
-        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W factor = exponential(c.log_sign * (centred[i] - mean[i]));
             const W upstream = grad_z[i];
@@ -97,8 +99,9 @@ template <typename Scale, typename W>
     const W *centred = values.centred, *mean = values.mean;
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const Constants<W> c = constants;
+    const AheadAll<7> next = values.next;
     for_each_in_line(
-        count, [&](std::int64_t first) { ask_for_all(values.next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const W grad = centred[i] - mean[i];
@@ -243,9 +246,9 @@ class Backward {
             values.grad_z = read_line(grad_z, line, scratch.grad_z);
             values.source = read_line(source, line, scratch.x);
             values.shift = reader_.shift(sample, scratch);
-            values.next[0] = next_line(grad_z, line);
-            values.next[1] = next_line(source, line);
-            values.next[2] = reader_.next_shift(sample, line);
+            values.next.of[0] = next_line(grad_z, line);
+            values.next.of[1] = next_line(source, line);
+            values.next.of[2] = reader_.next_shift(sample, line);
         } else {
             fill_run(W{0}, line.count, scratch.grad_z);
             values.grad_z = values.source = values.shift = scratch.grad_z;
@@ -256,8 +259,8 @@ class Backward {
         T* grad_shift = sample_of<T>(params_.grad_shift, sample);
         values.grad_x = line_target(grad_x, line, scratch.out[0]);
         values.grad_shift = params_target(grad_shift, line, scratch.out[1]);
-        values.next[3] = next_line<T>(grad_x, line);
-        values.next[4] = next_grads(grad_shift, line);
+        values.next.of[3] = next_line<T>(grad_x, line);
+        values.next.of[4] = next_grads(grad_shift, line);
         return values;
     }
 
@@ -268,8 +271,8 @@ class Backward {
         values.weight = reader_.weight(scratch);
         values.grad_raw_scale = params_target(grad_raw_scale, line, scratch.out[2]);
         values.grad_weight = scratch.grad_weight;
-        values.next[5] = reader_.next_raw_scale(sample, line);
-        values.next[6] = next_grads(grad_raw_scale, line);
+        values.next.of[5] = reader_.next_raw_scale(sample, line);
+        values.next.of[6] = next_grads(grad_raw_scale, line);
     }
 
     Ahead next_grads(const T* sample, const Line& line) const {

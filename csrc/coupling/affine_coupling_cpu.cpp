@@ -19,7 +19,7 @@ struct ForwardLine {
     const W* mean;              // where centred
     const std::uint8_t* moved;  // where masked: elements that do not pass
     W* z;
-    Ahead next[4];
+    AheadAll<4> next;
 };
 
 // z of a line; returns the sum of L. Here and below, a copy of the constants tells the compiler
@@ -31,9 +31,10 @@ template <typename Scale, bool masked, bool add_first, typename W>
     const std::uint8_t* moved = line.moved;
     W* z = line.z;
     const Constants<W> c = constants;
+    const AheadAll<4> next = line.next;
     W sums[kBlockElements] = {};
     for_each_in_line(
-        count, [&](std::int64_t first) { ask_for_all(line.next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
         [=, &sums](std::int64_t i, std::int64_t lane) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const W t = c.shift_scale * shift[i];
@@ -54,8 +55,9 @@ template <bool add_first, typename W>
     const W *x = line.x, *shift = line.shift, *log_scale = line.log_scale, *mean = line.mean;
     W* z = line.z;
     const Constants<W> c = constants;
+    const AheadAll<4> next = line.next;
     for_each_in_line(
-        count, [&](std::int64_t first) { ask_for_all(line.next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W t = c.shift_scale * shift[i];
             const W factor = exponential(c.log_sign * (log_scale[i] - mean[i]));
@@ -99,9 +101,9 @@ void forward(const AffineCouplingParams& params) {
             values.shift = reader.shift(sample, scratch);
             values.moved = line.moved;
             values.z = line_target(z, line, scratch.out[0]);
-            values.next[0] = next_line<T>(x, line);
-            values.next[1] = next_line<T>(z, line);
-            values.next[2] = reader.next_shift(sample, line);
+            values.next.of[0] = next_line<T>(x, line);
+            values.next.of[1] = next_line<T>(z, line);
+            values.next.of[2] = reader.next_shift(sample, line);
             if (logs != nullptr) {
                 values.log_scale = logs;
                 values.mean = reader.mean(scratch, mean);
@@ -109,7 +111,7 @@ void forward(const AffineCouplingParams& params) {
             } else {
                 values.raw_scale = reader.raw_scale(sample, scratch);
                 values.weight = reader.weight(scratch);
-                values.next[3] = reader.next_raw_scale(sample, line);
+                values.next.of[3] = reader.next_raw_scale(sample, line);
             }
             sum += compute(line.count, values, reader.constants);
             write_line(values.z, line, z, x);

@@ -96,8 +96,12 @@ template <typename Prepare, typename Body>
     __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 2);
 }
 template <int count>
-[[gnu::always_inline]] inline void ask_for_all(const Ahead (&next)[count], std::int64_t first) {
-    for (const Ahead& ahead : next) {
+struct AheadAll {
+    Ahead of[count];
+};
+template <int count>
+[[gnu::always_inline]] inline void ask_for_all(const AheadAll<count>& next, std::int64_t first) {
+    for (const Ahead& ahead : next.of) {
         ask_for(ahead, first);
     }
 }
@@ -118,7 +122,7 @@ template <typename Scale, typename W>
     const Constants<W> c = constants;
     const Ahead ahead = next;
     for_each_in_line(
-        count, [=](std::int64_t first) { ask_for(ahead, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for(ahead, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             log_scale[i] = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
         });

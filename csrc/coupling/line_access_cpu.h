@@ -29,6 +29,19 @@ inline void read_run(const T* from, std::int64_t step, std::int64_t length, W* t
     }
 }
 
+// A run of every other element, the first one's place in a row of pairs being `odd`: all of the row
+// is read, so that whole vectors are.
+template <typename T, typename W>
+inline void read_between(const T* from, bool odd, std::int64_t length, W* to) {
+    const T* row = from - (odd ? 1 : 0);
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        const W even_value = static_cast<W>(widen(row[2 * i]));
+        const W odd_value = static_cast<W>(widen(row[2 * i + 1]));
+        to[i] = odd ? odd_value : even_value;
+    }
+}
+
 template <typename T, typename W>
 inline void read_indexed(const T* from, const std::int32_t* indices, std::int64_t step,
                          std::int64_t length, W* to) {
@@ -123,8 +136,10 @@ inline const W* read_line(const T* sample, const Line& line, W* buffer) {
         const Run& run = line.runs[r];
         if (line.indices != nullptr) {
             read_indexed(sample + run.x, line.indices + run.index, 1, run.length, to);
+        } else if (line.x_step == 1) {
+            read_run(sample + run.x, 1, run.length, to);
         } else {
-            read_run(sample + run.x, line.x_step, run.length, to);
+            read_between(sample + run.x, (run.x & 1) != 0, run.length, to);
         }
         to += run.length;
     }
