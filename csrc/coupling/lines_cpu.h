@@ -1,19 +1,14 @@
-// The transformed elements of a coupling as lines: up to kLine of them, gathered from runs in
-// memory into arrays of the type that arithmetic happens in, and scattered back. Included by
-// <op>_cpu.cpp only (see common/cpu.h on namespaces).
+// The transformed elements of a coupling as lines: up to kLine of them, in runs that lie in memory
+// one behind the other. Included by <op>_cpu.cpp only (see common/cpu.h on namespaces).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
-#include "common/cpu_float.h"
 #include "coupling/affine_coupling.h"
 
 namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {
-
-using namespace ::warploom::WARPLOOM_CPU_ISA;
 
 constexpr std::int64_t kLine = 512;
 
@@ -26,6 +21,9 @@ struct Run {
     std::int64_t index;  // where the line has indices: of the first one's
     std::int64_t slot;   // the parameters' channel of the first element
     std::int64_t pixel;  // within its part
+    // What lies between its end and what is likely read next.
+    std::int64_t x_gap;
+    std::int64_t params_gap;
 };
 
 struct Line {
@@ -51,6 +49,12 @@ inline bool is_checkerboard(const CouplingOptions& options) {
 inline bool is_masked(const CouplingOptions& options) {
     return options.mask == CouplingMask::free ||
            (options.mask == CouplingMask::checkerboard && !options.channels_last);
+}
+
+// Whether what passes is written with the lines.
+inline bool lines_write_all(const CouplingOptions& options) {
+    return is_masked(options) ||
+           (options.mask == CouplingMask::checkerboard_packed && !options.channels_last);
 }
 
 // Whether parameters stand at places that are in no line.
@@ -84,6 +88,9 @@ class LineMaker {
             Run& piece = line_.runs[line_.run_count++];
             piece = run;
             piece.length = taken;
+            if (taken < run.length) {
+                piece.x_gap = piece.params_gap = 0;
+            }
             line_.count += taken;
             run.length -= taken;
             if (line_.indices != nullptr) {
@@ -120,22 +127,27 @@ class LineMaker {
 
 // The lines of pixels [begin, end) of channel `channel`, lines along pixels.
 template <typename Maker>
-void add_channel(const CouplingOptions& options, ParamsStrides params, ParamsStrides grads,
-                 std::int64_t channel, std::int64_t begin, std::int64_t end, Maker& maker) {
+void add_channel(const CouplingOptions& options, const CouplingParts& parts, ParamsStrides params,
+                 ParamsStrides grads, std::int64_t channel, std::int64_t begin, std::int64_t end,
+                 Maker& maker) {
     const std::int64_t x = channel * options.pixels;
     if (options.mask == CouplingMask::checkerboard_packed) {
         const std::int64_t width = options.width;
         for (std::int64_t pixel = begin; pixel < end; pixel += width) {
             const std::int64_t start = (pixel / width + options.first) & 1;
             maker.add({x + pixel + start, channel * params.channel + pixel / 2,
-                       channel * grads.channel + pixel / 2, width / 2, 0, channel, pixel - begin});
+                       channel * grads.channel + pixel / 2, width / 2, 0, channel, pixel - begin, 0,
+                       0});
         }
         return;
     }
     const std::int64_t slot = is_masked(options) ? channel : slot_of(options, channel);
     if (slot >= 0) {
-        maker.add({x + begin, slot * params.channel + begin, slot * grads.channel + begin,
-                   end - begin, 0, slot, 0});
+        const std::int64_t length = end - begin;
+        const bool ends = !parts.channel_parts || end == options.pixels;
+        maker.add({x + begin, slot * params.channel + begin, slot * grads.channel + begin, length,
+                   0, slot, 0, parts.channel_parts ? 0 : options.pixels - length,
+                   ends ? params.channel - (parts.channel_parts ? options.pixels : length) : 0});
     }
 }
 
@@ -156,7 +168,8 @@ void add_pixel(const CouplingOptions& options, ParamsStrides params, ParamsStrid
         }
     }
     const std::int64_t first = options.mask == CouplingMask::range ? options.first : 0;
-    maker.add({x + first, at * params.pixel, at * grads.pixel, options.count, 0, 0, pixel - begin});
+    maker.add(
+        {x + first, at * params.pixel, at * grads.pixel, options.count, 0, 0, pixel - begin, 0, 0});
 }
 
 struct AlternatingBytes {
@@ -228,206 +241,8 @@ void for_each_line(const CouplingOptions& options, const CouplingParts& parts, P
     const std::int64_t channel = parts.channel_parts ? part / parts.ranges : 0;
     const std::int64_t last = parts.channel_parts ? channel + 1 : options.channels;
     for (std::int64_t c = channel; c < last; ++c) {
-        add_channel(options, params, grads, c, begin, end, maker);
+        add_channel(options, parts, params, grads, c, begin, end, maker);
         maker.flush();  // a line has one channel
-    }
-}
-
-template <typename T, typename W>
-inline void read_run(const T* from, std::int64_t step, std::int64_t length, W* to) {
-    if (step == 1) {
-#pragma omp simd
-        for (std::int64_t i = 0; i < length; ++i) {
-            to[i] = static_cast<W>(widen(from[i]));
-        }
-    } else {
-#pragma omp simd
-        for (std::int64_t i = 0; i < length; ++i) {
-            to[i] = static_cast<W>(widen(from[2 * i]));
-        }
-    }
-}
-
-template <typename T, typename W>
-inline void read_indexed(const T* from, const std::int32_t* indices, std::int64_t step,
-                         std::int64_t length, W* to) {
-    for (std::int64_t i = 0; i < length; ++i) {
-        to[i] = static_cast<W>(widen(from[step * indices[i]]));
-    }
-}
-
-template <typename T, typename W>
-inline void write_run(const W* from, std::int64_t step, std::int64_t length, T* to) {
-    if (step == 1) {
-#pragma omp simd
-        for (std::int64_t i = 0; i < length; ++i) {
-            to[i] = narrow<T>(from[i]);
-        }
-    } else {
-        // What lies between is written, too, as it is: then whole vectors are.
-#pragma omp simd
-        for (std::int64_t i = 0; i < length - 1; ++i) {
-            const T between = to[2 * i + 1];
-            to[2 * i] = narrow<T>(from[i]);
-            to[2 * i + 1] = between;
-        }
-        to[2 * (length - 1)] = narrow<T>(from[length - 1]);
-    }
-}
-
-template <typename T, typename W>
-inline void write_indexed(const W* from, const std::int32_t* indices, std::int64_t step,
-                          std::int64_t length, T* to) {
-    for (std::int64_t i = 0; i < length; ++i) {
-        to[step * indices[i]] = narrow<T>(from[i]);
-    }
-}
-
-// The elements of a line of a sample of x, in `buffer` [kLine] or where they are.
-template <typename T, typename W>
-inline const W* read_line(const T* sample, const Line& line, W* buffer) {
-    if constexpr (std::is_same_v<T, W>) {
-        if (line.run_count == 1 && line.x_step == 1 && line.indices == nullptr) {
-            return sample + line.runs[0].x;
-        }
-    }
-    W* to = buffer;
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        if (line.indices != nullptr) {
-            read_indexed(sample + run.x, line.indices + run.index, 1, run.length, to);
-        } else {
-            read_run(sample + run.x, line.x_step, run.length, to);
-        }
-        to += run.length;
-    }
-    return buffer;
-}
-
-template <typename T, typename W>
-inline const W* read_params(const T* sample, const Line& line, W* buffer) {
-    if constexpr (std::is_same_v<T, W>) {
-        if ((line.run_count == 1 || line.joined_params) && line.params_step == 1) {
-            return sample + line.runs[0].params;
-        }
-    }
-    if (line.joined_params) {
-        read_run(sample + line.runs[0].params, 1, line.count, buffer);
-        return buffer;
-    }
-    W* to = buffer;
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        read_run(sample + run.params, line.params_step, run.length, to);
-        to += run.length;
-    }
-    return buffer;
-}
-
-template <typename T, typename W>
-inline void write_line(const W* from, const Line& line, T* sample) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        if (line.indices != nullptr) {
-            write_indexed(from, line.indices + run.index, 1, run.length, sample + run.x);
-        } else {
-            write_run(from, line.x_step, run.length, sample + run.x);
-        }
-        from += run.length;
-    }
-}
-
-template <typename T, typename W>
-inline void write_params(const W* from, const Line& line, T* sample) {
-    if (line.joined_params) {
-        write_run(from, 1, line.count, sample + line.runs[0].grads);
-        return;
-    }
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        write_run(from, line.grads_step, run.length, sample + run.grads);
-        from += run.length;
-    }
-}
-
-template <typename W>
-inline void fill_run(W value, std::int64_t length, W* to) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) {
-        to[i] = value;
-    }
-}
-
-// to[i] = per_slot[slot of element i of the line]
-template <typename W>
-inline void read_slots(const W* per_slot, const Line& line, W* to) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        const W* from = per_slot + run.slot;
-        if (!line.along_channels) {
-            fill_run(from[0], run.length, to);
-        } else {
-            read_run(from, 1, run.length, to);
-        }
-        to += run.length;
-    }
-}
-
-// per_slot[slot of element i] += from[i]
-template <typename W>
-inline void add_to_slots(const W* from, const Line& line, W* per_slot) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        W* to = per_slot + run.slot;
-        if (!line.along_channels) {
-            W sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                sum += from[i];
-            }
-            to[0] += sum;
-        } else {
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                to[i] += from[i];
-            }
-        }
-        from += run.length;
-    }
-}
-
-// to[i] = per_pixel[pixel of element i of the line]
-template <typename W>
-inline void read_pixels(const W* per_pixel, const Line& line, W* to) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        if (line.along_channels) {
-            fill_run(per_pixel[run.pixel], run.length, to);
-        } else {
-            read_run(per_pixel + run.pixel, 1, run.length, to);
-        }
-        to += run.length;
-    }
-}
-
-template <typename W>
-inline void add_to_pixels(const W* from, const Line& line, W* per_pixel) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
-        const Run& run = line.runs[r];
-        W* to = per_pixel + run.pixel;
-        if (line.along_channels) {
-            W sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                sum += from[i];
-            }
-            to[0] += sum;
-        } else {
-#pragma omp simd
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                to[i] += from[i];
-            }
-        }
-        from += run.length;
     }
 }
 

@@ -1,0 +1,400 @@
+// What the forward and the backward of an affine coupling on the CPU share: the parts of a sample,
+// what passes, and the parameters of lines. Included by <op>_cpu.cpp only (see common/cpu.h on
+// namespaces).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/cpu_loops.h"
+#include "common/parallel.h"
+#include "coupling/line_access_cpu.h"
+#include "coupling/lines_cpu.h"
+#include "coupling/scale_cpu.h"
+
+namespace warploom::coupling {
+namespace WARPLOOM_CPU_ISA {
+
+// Calls visit.template operator()<Scale, masked, add_first>() with what the options stand for.
+template <typename Scale, typename Visit>
+auto visit_kind(const CouplingOptions& options, const Visit& visit) {
+    if (is_masked(options)) {
+        return options.add_first ? visit.template operator()<Scale, true, true>()
+                                 : visit.template operator()<Scale, true, false>();
+    }
+    return options.add_first ? visit.template operator()<Scale, false, true>()
+                             : visit.template operator()<Scale, false, false>();
+}
+
+template <bool reciprocal, typename Visit>
+auto visit_sigmoid(const CouplingOptions& options, const Visit& visit) {
+    return options.eps == 0 ? visit_kind<SigmoidScale<reciprocal>>(options, visit)
+                            : visit_kind<RaisedSigmoidScale<reciprocal>>(options, visit);
+}
+
+template <typename Visit>
+auto visit_line(const CouplingOptions& options, const Visit& visit) {
+    switch (options.scale) {
+        case CouplingScale::exp:
+            return visit_kind<ExpScale>(options, visit);
+        case CouplingScale::tanh:
+            return options.scale_weight != nullptr ? visit_kind<WeightedTanhScale>(options, visit)
+                                                   : visit_kind<TanhScale>(options, visit);
+        case CouplingScale::atan:
+            return visit_kind<AtanScale>(options, visit);
+        case CouplingScale::centered_sigmoid:
+            return visit_kind<CenteredSigmoidScale>(options, visit);
+        case CouplingScale::sigmoid:
+            return options.log_sign > 0 ? visit_sigmoid<false>(options, visit)
+                                        : visit_sigmoid<true>(options, visit);
+        case CouplingScale::softclip:
+            return visit_kind<SoftclipScale>(options, visit);
+        default:
+            return visit_kind<AdditiveScale>(options, visit);
+    }
+}
+
+template <typename Scale, typename W>
+[[gnu::always_inline]] inline LogScale<W> weighted_log(W u, const W* weight, std::int64_t i,
+                                                       const Constants<W>& c) {
+    LogScale<W> log = Scale::log(u, c);
+    if constexpr (std::is_same_v<Scale, WeightedTanhScale>) {
+        log.value *= weight[i];
+        log.slope *= weight[i];
+    }
+    return log;
+}
+
+// Elements between two requests for data of the next line.
+constexpr std::int64_t kBlockElements = 32;
+
+// Calls body(i, lane), lane < kBlockElements, for the elements of a line, and before some of them
+// prepare(first): asking for what is needed a line later, it keeps the memory busy while a line is
+// computed. A loop is vectorised only with every call in line and without a branch.
+template <typename Prepare, typename Body>
+[[gnu::always_inline]] inline void for_each_in_line(std::int64_t count, const Prepare& prepare,
+                                                    const Body& body) {
+    std::int64_t first = 0;
+    for (; first + kBlockElements <= count; first += kBlockElements) {
+        prepare(first);
+#pragma omp simd
+        for (std::int64_t lane = 0; lane < kBlockElements; ++lane) {
+            body(first + lane, lane);
+        }
+    }
+#pragma omp simd
+    for (std::int64_t i = first; i < count; ++i) {
+        body(i, i - first);
+    }
+}
+
+// Two requests a block: they are 64 bytes apart for float32.
+[[gnu::always_inline]] inline void ask_for(const Ahead& ahead, std::int64_t first) {
+    __builtin_prefetch(ahead.first + first * ahead.step, 0, 2);
+    __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 2);
+}
+template <int count>
+struct AheadAll {
+    Ahead of[count];
+};
+template <int count>
+[[gnu::always_inline]] inline void ask_for_all(const AheadAll<count>& next, std::int64_t first) {
+    for (const Ahead& ahead : next.of) {
+        ask_for(ahead, first);
+    }
+}
+
+template <typename W>
+[[gnu::always_inline]] inline double sum_of_lanes(const W (&sums)[kBlockElements]) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t lane = 0; lane < kBlockElements; ++lane) {
+        sum += static_cast<double>(sums[lane]);
+    }
+    return sum;
+}
+
+template <typename Scale, typename W>
+[[gnu::flatten]] void log_line(std::int64_t count, const W* raw_scale, const W* weight,
+                               const Ahead& next, const Constants<W>& constants, W* log_scale) {
+    const Constants<W> c = constants;
+    const Ahead ahead = next;
+    for_each_in_line(
+        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for(ahead, first); },
+        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
+            log_scale[i] = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
+        });
+}
+
+template <typename W>
+auto log_line_of(const CouplingOptions& options) {
+    return visit_line(options, []<typename Scale, bool, bool>() { return log_line<Scale, W>; });
+}
+
+template <typename W>
+inline Constants<W> constants_of(const CouplingOptions& options) {
+    return {static_cast<W>(options.clamp),
+            static_cast<W>(options.eps),
+            static_cast<W>(1.0 / std::fabs(std::log(options.clamp))),
+            static_cast<W>(options.params_scale),
+            static_cast<W>(options.shift_sign * options.params_scale),
+            static_cast<W>(options.log_sign),
+            options.add_first};
+}
+
+template <typename W>
+struct alignas(64) Scratch {
+    W x[kLine];
+    W grad_z[kLine];
+    W shift[kLine];
+    W raw_scale[kLine];
+    W weight[kLine];
+    W mean[kLine];
+    W out[3][kLine];
+    W grad_weight[kLine];
+    W pixel_mean[kCouplingCentredPixels];
+    Line line;
+};
+
+// Elements of part `part` of a sample that pass, or where some of a range are transformed all of
+// it: `to` = `from`, or 0 where that is null.
+template <typename T>
+void copy_range(const T* from, T* to, std::int64_t begin, std::int64_t end) {
+    if (from == nullptr) {
+        __builtin_memset(to + begin, 0, (end - begin) * sizeof(T));
+        return;
+    }
+    constexpr std::int64_t kAhead = 2048 / sizeof(T);
+    std::int64_t first = begin;
+    for (; first + kBlockElements <= end; first += kBlockElements) {
+        prefetch(from + first + kAhead, kBlockElements);
+        prefetch(to + first + kAhead, kBlockElements);
+        __builtin_memcpy(to + first, from + first, kBlockElements * sizeof(T));
+    }
+    __builtin_memcpy(to + first, from + first, (end - first) * sizeof(T));
+}
+
+template <typename T>
+void copy_passing(const CouplingOptions& options, const CouplingParts& parts, std::int64_t part,
+                  const T* from, T* to) {
+    const std::int64_t range = parts.channel_parts ? part % parts.ranges : part;
+    const std::int64_t begin = range * parts.pixels;
+    const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
+    const std::int64_t channels = options.channels;
+    if (options.channels_last) {
+        if (options.mask != CouplingMask::range) {
+            copy_range(from, to, begin * channels, end * channels);
+            return;
+        }
+        const std::int64_t after = options.first + options.count;
+        for (std::int64_t pixel = begin; pixel < end; ++pixel) {
+            copy_range(from, to, pixel * channels, pixel * channels + options.first);
+            copy_range(from, to, pixel * channels + after, (pixel + 1) * channels);
+        }
+        return;
+    }
+    const bool over_channels =
+        options.mask == CouplingMask::range || options.mask == CouplingMask::slots;
+    const std::int64_t first = parts.channel_parts ? part / parts.ranges : 0;
+    const std::int64_t last = parts.channel_parts ? first + 1 : channels;
+    for (std::int64_t c = first; c < last; ++c) {
+        if (!over_channels || slot_of(options, c) < 0) {
+            copy_range(from, to, c * options.pixels + begin, c * options.pixels + end);
+        }
+    }
+}
+
+// Gradients of parameters at the pixels of a part, some of which pass; channels are innermost.
+template <typename T>
+void clear_params(const CouplingOptions& options, const CouplingParts& parts, ParamsStrides strides,
+                  std::int64_t part, T* to) {
+    const std::int64_t begin = part * parts.pixels;
+    const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
+    for (std::int64_t pixel = begin; pixel < end; ++pixel) {
+        T* elements = to + pixel * strides.pixel;
+        for (std::int64_t c = 0; c < options.count; ++c) {
+            elements[c * strides.channel] = T{};
+        }
+    }
+}
+
+inline std::int64_t grain_of(const CouplingOptions& options, std::int64_t count) {
+    const std::int64_t elements =
+        options.channels * options.pixels / std::max<std::int64_t>(1, count);
+    return std::max<std::int64_t>(1, kCouplingPartElements / std::max<std::int64_t>(1, elements));
+}
+
+// Calls body(sample, part) for every part on all threads.
+template <typename Body>
+void for_each_part(const CouplingOptions& options, std::int64_t count, Body body) {
+    parallel_for(options.batch * count, grain_of(options, count),
+                 [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t item = begin; item < end; ++item) {
+                         body(item / count, item % count);
+                     }
+                 });
+}
+
+template <typename T>
+const T* sample_of(const CouplingView& view, std::int64_t sample) {
+    return view.data == nullptr ? nullptr
+                                : static_cast<const T*>(view.data) + sample * view.batch_stride;
+}
+template <typename T>
+T* sample_of(const CouplingOutput& view, std::int64_t sample) {
+    return view.data == nullptr ? nullptr : static_cast<T*>(view.data) + sample * view.batch_stride;
+}
+
+// A number for each element that is centred; what it holds is undefined at first.
+template <typename W>
+class Centred {
+  public:
+    explicit Centred(std::int64_t count) : values(new W[count]) {}
+    Centred(const Centred&) = delete;
+    Centred& operator=(const Centred&) = delete;
+    ~Centred() { delete[] values; }
+
+    W* const values;
+};
+
+// Reads the parameters of lines, and finds the means of their logarithms.
+template <typename T>
+class Reader {
+  public:
+    using W = Wide<T>;
+
+    Reader(const CouplingOptions& options, const CouplingView& shift, const CouplingView& raw_scale,
+           ParamsStrides grads)
+        : options(options),
+          parts(coupling_parts_cpu(options)),
+          constants(constants_of<W>(options)),
+          log_(log_line_of<W>(options)),
+          shift_(shift),
+          raw_scale_(raw_scale),
+          params_{shift.channel_stride, shift.pixel_stride},
+          grads_(grads) {}
+
+    template <typename Body>
+    void for_lines(std::int64_t part, Scratch<W>& scratch, const Body& body) const {
+        for_each_line(options, parts, params_, grads_, part, scratch.line, body);
+    }
+
+    const W* shift(std::int64_t sample, Scratch<W>& scratch) const {
+        return read_params(sample_of<T>(shift_, sample), scratch.line, scratch.shift);
+    }
+    // An additive coupling has no scale, and looks at none.
+    const W* raw_scale(std::int64_t sample, Scratch<W>& scratch) const {
+        if (raw_scale_.data == nullptr) {
+            return scratch.raw_scale;
+        }
+        return read_params(sample_of<T>(raw_scale_, sample), scratch.line, scratch.raw_scale);
+    }
+    const W* weight(Scratch<W>& scratch) const {
+        if (options.scale_weight != nullptr) {
+            read_slots(static_cast<const W*>(options.scale_weight), scratch.line, scratch.weight);
+        }
+        return scratch.weight;
+    }
+
+    // Where shift and raw scale of the next line are.
+    Ahead next_shift(std::int64_t sample, const Line& line) const {
+        return next_params(sample_of<T>(shift_, sample), line, line.runs[0].params,
+                           line.params_step);
+    }
+    Ahead next_raw_scale(std::int64_t sample, const Line& line) const {
+        return next_params(sample_of<T>(raw_scale_, sample), line, line.runs[0].params,
+                           line.params_step);
+    }
+
+    // The mean of each element of the line, of its pixel or of the whole sample.
+    const W* mean(Scratch<W>& scratch, W of_sample) const {
+        const Line& line = scratch.line;
+        if (options.center == CouplingCenter::sample) {
+            fill_run(of_sample, line.count, scratch.mean);
+        } else if (line.run_count == 1 && !line.along_channels) {
+            return scratch.pixel_mean + line.runs[0].pixel;
+        } else {
+            read_pixels(scratch.pixel_mean, line, scratch.mean);
+        }
+        return scratch.mean;
+    }
+
+    // Means over the transformed channels of each pixel of a part of what values(line) gives for a
+    // line, or returned the sum of all of it.
+    template <typename Values>
+    double sums(std::int64_t part, Scratch<W>& scratch, const Values& values) const {
+        const bool of_pixels = options.center == CouplingCenter::channel;
+        W found[kCouplingCentredPixels] = {};
+        double total = 0;
+        for_lines(part, scratch, [&](const Line& line) {
+            const W* terms = values(line);
+            if (of_pixels) {
+                add_to_pixels(terms, line, found);
+            } else {
+                W sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (std::int64_t i = 0; i < line.count; ++i) {
+                    sum += terms[i];
+                }
+                total += sum;
+            }
+        });
+        for (std::int64_t i = 0; of_pixels && i < kCouplingCentredPixels; ++i) {
+            scratch.pixel_mean[i] = found[i] / static_cast<W>(std::max(1, options.count));
+        }
+        return total;
+    }
+
+    // Their L, which goes to `logs`, line after line.
+    double log_sums(std::int64_t sample, std::int64_t part, Scratch<W>& scratch, W*& logs) const {
+        return sums(part, scratch, [&](const Line& line) {
+            W* found = logs;
+            log_(line.count, raw_scale(sample, scratch), weight(scratch),
+                 next_raw_scale(sample, line), constants, found);
+            logs += line.count;
+            return found;
+        });
+    }
+
+    // How many elements are centred by the same means, or at once.
+    std::int64_t centred_elements() const {
+        return options.count *
+               (options.center == CouplingCenter::channel ? parts.pixels : options.pixels);
+    }
+
+    // Calls body(sample, begin, end) for parts that are centred at once.
+    template <typename Body>
+    void for_centred_parts(const Body& body) const {
+        if (options.center == CouplingCenter::sample) {
+            parallel_for(options.batch, 1, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t sample = begin; sample < end; ++sample) {
+                    body(sample, 0, parts.count);
+                }
+            });
+        } else {
+            for_each_part(options, parts.count, [&](std::int64_t sample, std::int64_t part) {
+                body(sample, part, part + 1);
+            });
+        }
+    }
+
+    W mean_of(double total) const {
+        return static_cast<W>(total / (static_cast<double>(options.count) * options.pixels));
+    }
+
+    const CouplingOptions& options;
+    const CouplingParts parts;
+    const Constants<W> constants;
+
+  private:
+    void (*const log_)(std::int64_t, const W*, const W*, const Ahead&, const Constants<W>&, W*);
+    const CouplingView& shift_;
+    const CouplingView& raw_scale_;
+    const ParamsStrides params_;
+    const ParamsStrides grads_;
+};
+
+}  // namespace WARPLOOM_CPU_ISA
+}  // namespace warploom::coupling

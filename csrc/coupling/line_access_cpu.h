@@ -1,0 +1,314 @@
+// What lines of a coupling are read from and written to: a run of contiguous numbers of the type
+// that arithmetic happens in where it lies, any other by way of an array of that type. Included by
+// <op>_cpu.cpp only (see common/cpu.h on namespaces).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/cpu_float.h"
+#include "coupling/lines_cpu.h"
+
+namespace warploom::coupling {
+namespace WARPLOOM_CPU_ISA {
+
+using namespace ::warploom::WARPLOOM_CPU_ISA;
+
+template <typename T, typename W>
+inline void read_run(const T* from, std::int64_t step, std::int64_t length, W* to) {
+    if (step == 1) {
+#pragma omp simd
+        for (std::int64_t i = 0; i < length; ++i) {
+            to[i] = static_cast<W>(widen(from[i]));
+        }
+    } else {
+#pragma omp simd
+        for (std::int64_t i = 0; i < length; ++i) {
+            to[i] = static_cast<W>(widen(from[2 * i]));
+        }
+    }
+}
+
+// A run of every other element, the first one's place in a row of pairs being `odd`: all of the row
+// is read, so that whole vectors are.
+template <typename T, typename W>
+inline void read_between(const T* from, bool odd, std::int64_t length, W* to) {
+    const T* row = from - (odd ? 1 : 0);
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        const W even_value = static_cast<W>(widen(row[2 * i]));
+        const W odd_value = static_cast<W>(widen(row[2 * i + 1]));
+        to[i] = odd ? odd_value : even_value;
+    }
+}
+
+template <typename T, typename W>
+inline void read_indexed(const T* from, const std::int32_t* indices, std::int64_t step,
+                         std::int64_t length, W* to) {
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[i] = static_cast<W>(widen(from[step * indices[i]]));
+    }
+}
+
+template <typename T, typename W>
+inline void write_run(const W* from, std::int64_t length, T* to) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[i] = narrow<T>(from[i]);
+    }
+}
+
+// A run of every other element, and between them what `passing` has there: whole vectors are
+// written. The first element's place in a row of pairs is `odd`.
+template <typename T, typename W>
+inline void write_between(const W* from, const T* passing, bool odd, std::int64_t length, T* to) {
+    if (odd) {
+#pragma omp simd
+        for (std::int64_t i = 0; i < length; ++i) {
+            to[2 * i - 1] = passing[2 * i - 1];
+            to[2 * i] = narrow<T>(from[i]);
+        }
+    } else {
+#pragma omp simd
+        for (std::int64_t i = 0; i < length; ++i) {
+            to[2 * i] = narrow<T>(from[i]);
+            to[2 * i + 1] = passing[2 * i + 1];
+        }
+    }
+}
+
+template <typename T, typename W>
+inline void write_indexed(const W* from, const std::int32_t* indices, std::int64_t step,
+                          std::int64_t length, T* to) {
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[step * indices[i]] = narrow<T>(from[i]);
+    }
+}
+
+// Whether the elements of a line of x, or its parameters, are a run of W in memory.
+template <typename T, typename W>
+inline bool is_run(const Line& line) {
+    return std::is_same_v<T, W> && line.run_count == 1 && line.x_step == 1 &&
+           line.indices == nullptr;
+}
+template <typename T, typename W>
+inline bool is_run_of_params(const Line& line, std::int64_t step) {
+    return std::is_same_v<T, W> && (line.run_count == 1 || line.joined_params) && step == 1;
+}
+
+// Where the next line likely has its elements, so that they can be asked for.
+inline constexpr char kNowhere = 0;
+struct Ahead {
+    const char* first = &kNowhere;
+    std::int64_t step = 0;  // bytes from an element to the next
+};
+
+template <typename T>
+inline Ahead next_line(const T* sample, const Line& line) {
+    const bool known =
+        sample != nullptr && line.indices == nullptr && (line.run_count == 1 || line.joined_params);
+    const std::int64_t at = line.runs[0].x + line.x_step * line.count + line.runs[0].x_gap;
+    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
+                         line.x_step * static_cast<std::int64_t>(sizeof(T))}
+                 : Ahead{};
+}
+// `place`: of the first parameters of the line, or of their gradients.
+template <typename T>
+inline Ahead next_params(const T* sample, const Line& line, std::int64_t place, std::int64_t step) {
+    const bool known =
+        sample != nullptr && step == 1 && (line.run_count == 1 || line.joined_params);
+    const std::int64_t at = place + line.count + line.runs[0].params_gap;
+    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
+                         static_cast<std::int64_t>(sizeof(T))}
+                 : Ahead{};
+}
+
+// The elements of a line of a sample of x, in `buffer` [kLine] or where they are.
+template <typename T, typename W>
+inline const W* read_line(const T* sample, const Line& line, W* buffer) {
+    if constexpr (std::is_same_v<T, W>) {
+        if (is_run<T, W>(line)) {
+            return sample + line.runs[0].x;
+        }
+    }
+    W* to = buffer;
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        if (line.indices != nullptr) {
+            read_indexed(sample + run.x, line.indices + run.index, 1, run.length, to);
+        } else if (line.x_step == 1) {
+            read_run(sample + run.x, 1, run.length, to);
+        } else {
+            read_between(sample + run.x, (run.x & 1) != 0, run.length, to);
+        }
+        to += run.length;
+    }
+    return buffer;
+}
+
+template <typename T, typename W>
+inline const W* read_params(const T* sample, const Line& line, W* buffer) {
+    if constexpr (std::is_same_v<T, W>) {
+        if (is_run_of_params<T, W>(line, line.params_step)) {
+            return sample + line.runs[0].params;
+        }
+    }
+    if (line.joined_params) {
+        read_run(sample + line.runs[0].params, 1, line.count, buffer);
+        return buffer;
+    }
+    W* to = buffer;
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        read_run(sample + run.params, line.params_step, run.length, to);
+        to += run.length;
+    }
+    return buffer;
+}
+
+// Where a line is computed that write_line, or write_params, is given next: where it belongs, or
+// `buffer`.
+template <typename T, typename W>
+inline W* line_target(T* sample, const Line& line, W* buffer) {
+    if constexpr (std::is_same_v<T, W>) {
+        if (is_run<T, W>(line)) {
+            return sample + line.runs[0].x;
+        }
+    }
+    return buffer;
+}
+template <typename T, typename W>
+inline W* params_target(T* sample, const Line& line, W* buffer) {
+    if constexpr (std::is_same_v<T, W>) {
+        if (sample != nullptr && is_run_of_params<T, W>(line, line.grads_step)) {
+            return sample + line.runs[0].grads;
+        }
+    }
+    return buffer;
+}
+
+// `passing`: where what lies between the elements of a packed checkerboard is found.
+template <typename T, typename W>
+inline void write_line(const W* from, const Line& line, T* sample, const T* passing) {
+    if (is_run<T, W>(line)) {
+        return;
+    }
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        if (line.indices != nullptr) {
+            write_indexed(from, line.indices + run.index, 1, run.length, sample + run.x);
+        } else if (line.x_step == 1) {
+            write_run(from, run.length, sample + run.x);
+        } else {
+            write_between(from, passing + run.x, (run.x & 1) != 0, run.length, sample + run.x);
+        }
+        from += run.length;
+    }
+}
+
+template <typename T, typename W>
+inline void write_params(const W* from, const Line& line, T* sample) {
+    if (is_run_of_params<T, W>(line, line.grads_step)) {
+        return;
+    }
+    if (line.joined_params) {
+        write_run(from, line.count, sample + line.runs[0].grads);
+        return;
+    }
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        T* to = sample + run.grads;
+        if (line.grads_step == 1) {
+            write_run(from, run.length, to);
+        } else {
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                to[2 * i] = narrow<T>(from[i]);
+            }
+        }
+        from += run.length;
+    }
+}
+
+template <typename W>
+inline void fill_run(W value, std::int64_t length, W* to) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[i] = value;
+    }
+}
+
+// to[i] = per_slot[slot of element i of the line]
+template <typename W>
+inline void read_slots(const W* per_slot, const Line& line, W* to) {
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        const W* from = per_slot + run.slot;
+        if (!line.along_channels) {
+            fill_run(from[0], run.length, to);
+        } else {
+            read_run(from, 1, run.length, to);
+        }
+        to += run.length;
+    }
+}
+
+// per_slot[slot of element i] += from[i]
+template <typename W>
+inline void add_to_slots(const W* from, const Line& line, W* per_slot) {
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        W* to = per_slot + run.slot;
+        if (!line.along_channels) {
+            W sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                sum += from[i];
+            }
+            to[0] += sum;
+        } else {
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                to[i] += from[i];
+            }
+        }
+        from += run.length;
+    }
+}
+
+// to[i] = per_pixel[pixel of element i of the line]
+template <typename W>
+inline void read_pixels(const W* per_pixel, const Line& line, W* to) {
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        if (line.along_channels) {
+            fill_run(per_pixel[run.pixel], run.length, to);
+        } else {
+            read_run(per_pixel + run.pixel, 1, run.length, to);
+        }
+        to += run.length;
+    }
+}
+
+template <typename W>
+inline void add_to_pixels(const W* from, const Line& line, W* per_pixel) {
+    for (std::int64_t r = 0; r < line.run_count; ++r) {
+        const Run& run = line.runs[r];
+        W* to = per_pixel + run.pixel;
+        if (line.along_channels) {
+            W sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                sum += from[i];
+            }
+            to[0] += sum;
+        } else {
+#pragma omp simd
+            for (std::int64_t i = 0; i < run.length; ++i) {
+                to[i] += from[i];
+            }
+        }
+        from += run.length;
+    }
+}
+
+}  // namespace WARPLOOM_CPU_ISA
+}  // namespace warploom::coupling
