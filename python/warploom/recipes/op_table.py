@@ -16,7 +16,8 @@ from torch import Tensor
 
 from warploom._library import OPS
 from warploom.recipes._extras import require
-from warploom.recipes.op_cases import Arguments, OpCase
+from warploom.recipes.op_arguments import Arguments
+from warploom.recipes.op_cases import OpCase
 
 
 @dataclass(frozen=True)
