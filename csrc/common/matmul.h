@@ -1,18 +1,20 @@
 // PyTorch's matrix product into memory that is there. For *_ops.cpp only: it sees torch.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <array>
 
 #include "torch.h"
 
 // addmm by its own entry points: no Scalar passes through the stable dispatcher. That for CUDA is
 // bound only where torch has it.
-extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
-                                                    AtenTensorHandle mat1, AtenTensorHandle mat2,
-                                                    double beta, double alpha)
-    __attribute__((weak));
+extern "C" {
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                        AtenTensorHandle mat1, AtenTensorHandle mat2, double beta,
+                                        double alpha);
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                         AtenTensorHandle mat1, AtenTensorHandle mat2, double beta,
+                                         double alpha) __attribute__((weak));
+}
 
 namespace warploom {
 
