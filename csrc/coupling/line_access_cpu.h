@@ -237,76 +237,67 @@ inline void fill_run(W value, std::int64_t length, W* to) {
     }
 }
 
+// to[i] = from[i], or from[0] where a run has one of them.
+template <typename W>
+inline void read_numbers(const W* from, bool has_one, std::int64_t length, W* to) {
+    if (has_one) {
+        fill_run(from[0], length, to);
+    } else {
+        read_run(from, 1, length, to);
+    }
+}
+
+// to[i] += from[i], or to[0] += all of them where a run has one.
+template <typename W>
+inline void add_numbers(const W* from, bool has_one, std::int64_t length, W* to) {
+    if (has_one) {
+        W sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (std::int64_t i = 0; i < length; ++i) {
+            sum += from[i];
+        }
+        to[0] += sum;
+        return;
+    }
+#pragma omp simd
+    for (std::int64_t i = 0; i < length; ++i) {
+        to[i] += from[i];
+    }
+}
+
 // to[i] = per_slot[slot of element i of the line]
 template <typename W>
 inline void read_slots(const W* per_slot, const Line& line, W* to) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
+    for (std::int64_t r = 0; r < line.run_count; to += line.runs[r++].length) {
         const Run& run = line.runs[r];
-        const W* from = per_slot + run.slot;
-        if (!line.along_channels) {
-            fill_run(from[0], run.length, to);
-        } else {
-            read_run(from, 1, run.length, to);
-        }
-        to += run.length;
+        read_numbers(per_slot + run.slot, !line.along_channels, run.length, to);
     }
 }
 
 // per_slot[slot of element i] += from[i]
 template <typename W>
 inline void add_to_slots(const W* from, const Line& line, W* per_slot) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
+    for (std::int64_t r = 0; r < line.run_count; from += line.runs[r++].length) {
         const Run& run = line.runs[r];
-        W* to = per_slot + run.slot;
-        if (!line.along_channels) {
-            W sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                sum += from[i];
-            }
-            to[0] += sum;
-        } else {
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                to[i] += from[i];
-            }
-        }
-        from += run.length;
+        add_numbers(from, !line.along_channels, run.length, per_slot + run.slot);
     }
 }
 
 // to[i] = per_pixel[pixel of element i of the line]
 template <typename W>
 inline void read_pixels(const W* per_pixel, const Line& line, W* to) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
+    for (std::int64_t r = 0; r < line.run_count; to += line.runs[r++].length) {
         const Run& run = line.runs[r];
-        if (line.along_channels) {
-            fill_run(per_pixel[run.pixel], run.length, to);
-        } else {
-            read_run(per_pixel + run.pixel, 1, run.length, to);
-        }
-        to += run.length;
+        read_numbers(per_pixel + run.pixel, line.along_channels, run.length, to);
     }
 }
 
+// per_pixel[pixel of element i] += from[i]
 template <typename W>
 inline void add_to_pixels(const W* from, const Line& line, W* per_pixel) {
-    for (std::int64_t r = 0; r < line.run_count; ++r) {
+    for (std::int64_t r = 0; r < line.run_count; from += line.runs[r++].length) {
         const Run& run = line.runs[r];
-        W* to = per_pixel + run.pixel;
-        if (line.along_channels) {
-            W sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                sum += from[i];
-            }
-            to[0] += sum;
-        } else {
-#pragma omp simd
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                to[i] += from[i];
-            }
-        }
-        from += run.length;
+        add_numbers(from, line.along_channels, run.length, per_pixel + run.pixel);
     }
 }
 

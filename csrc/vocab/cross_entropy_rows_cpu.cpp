@@ -1,5 +1,6 @@
 // Cross-entropy of rows of logits on the CPU: a row, or a block of its columns, is read for its
 // maximum or log-sum-exp, and read again for its gradients while it is still in the cache.
+#include "vocab/cross_entropy_block_cpu.h"
 #include "vocab/cross_entropy_rows.h"
 
 #include <cmath>

@@ -4,6 +4,7 @@
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "common/torch.h"
+#include "vocab/cross_entropy_block_cpu.h"
 #include "vocab/cross_entropy_rows.h"
 #include "vocab/lcs_lengths.h"
 
@@ -27,27 +28,33 @@ void check_targets(const Call<backend>& call, const std::int64_t* targets, std::
     }
 }
 
+// What an op on rows of logits is given of them.
+template <Backend backend, typename Params>
+void take_rows(Call<backend>& call, const Tensor& logits, const Tensor& targets, Params& params) {
+    call.check_dim(logits, "logits", 2);
+    call.check(logits.is_contiguous() && logits.size(1) > 0, "logits",
+               "contiguous rows of at least 1 column", shape_of(logits));
+    params.dtype = call.dtype(logits, "logits");
+    params.rows = logits.size(0);
+    params.columns = narrow_size(call, logits.size(1), "logits");
+    params.targets = static_cast<const std::int64_t*>(
+        contiguous_input(call, targets, "targets", {params.rows}, ScalarType::Long));
+    params.logits = call.output(logits, "logits");
+}
+
 template <Backend backend>
 Tensor cross_entropy_rows(const Tensor& logits, const Tensor& targets,
                           const std::optional<Tensor>& row_scale, std::int64_t ignore_index,
                           double label_smoothing, double z_loss, double softcap, bool gradients) {
     Call<backend> call("cross_entropy_rows", logits);
-    call.check_dim(logits, "logits", 2);
-    call.check(logits.is_contiguous() && logits.size(1) > 0, "logits",
-               "contiguous rows of at least 1 column", shape_of(logits));
     CrossEntropyRowsParams params{};
-    params.dtype = call.dtype(logits, "logits");
-    params.rows = logits.size(0);
-    params.columns = narrow_size(call, logits.size(1), "logits");
+    take_rows(call, logits, targets, params);
     const ScalarType statistics = call.statistics_type(params.dtype);
     Tensor loss = call.empty({params.rows}, statistics);
-    params.targets = static_cast<const std::int64_t*>(
-        contiguous_input(call, targets, "targets", {params.rows}, ScalarType::Long));
     if (row_scale.has_value()) {
         params.row_scale =
             contiguous_input(call, *row_scale, "row_scale", {params.rows}, statistics);
     }
-    params.logits = call.output(logits, "logits");
     params.loss = call.output(loss, "loss");
     params.ignore_index = ignore_index;
     params.label_smoothing = label_smoothing;
@@ -66,13 +73,8 @@ Tensor cross_entropy_block(const Tensor& logits, const Tensor& state, const Tens
                            std::int64_t first, std::int64_t classes, std::int64_t ignore_index,
                            double softcap, bool gradients) {
     Call<backend> call("cross_entropy_block", logits);
-    call.check_dim(logits, "logits", 2);
-    call.check(logits.is_contiguous() && logits.size(1) > 0, "logits",
-               "contiguous rows of at least 1 column", shape_of(logits));
     CrossEntropyBlockParams params{};
-    params.dtype = call.dtype(logits, "logits");
-    params.rows = logits.size(0);
-    params.columns = narrow_size(call, logits.size(1), "logits");
+    take_rows(call, logits, targets, params);
     call.check(first >= 0 && first + params.columns <= classes, "first",
                "columns among " + std::to_string(classes) + " classes", std::to_string(first));
     const ScalarType statistics = call.statistics_type(params.dtype);
@@ -81,10 +83,7 @@ Tensor cross_entropy_block(const Tensor& logits, const Tensor& state, const Tens
                std::string("contiguous ") + torch::headeronly::toString(statistics),
                torch::headeronly::toString(state.scalar_type()));
     Tensor factor = call.empty({params.rows}, statistics);
-    params.targets = static_cast<const std::int64_t*>(
-        contiguous_input(call, targets, "targets", {params.rows}, ScalarType::Long));
     check_targets(call, params.targets, params.rows, classes, ignore_index);
-    params.logits = call.output(logits, "logits");
     params.state = call.output(state, "state");
     params.factor = call.output(factor, "factor");
     params.first = first;
