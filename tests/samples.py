@@ -17,6 +17,7 @@ from warploom.ops.coupling import (
     channel_affine,
     rational_quadratic_spline,
     spline_coupling,
+    squeeze,
 )
 from warploom.ops.grouped_linear import grouped_linear
 from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
@@ -326,6 +327,7 @@ OP_ARGS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
         *(make(2, 3, 5), make(2, 3, 5), make(3), make(3)),
         *("add_mul", True),
     ),
+    "squeeze": lambda make: (make(2, 3, 4, 6), 2, "position_major", False),
     "sppf": lambda make: (make(2, 3, 5, 4), 3, False),
     "sppf_backward": lambda make: (make(2, 12, 5, 4), make(2, 12, 5, 4), 3, False),
     "roi_align": _roi_align,
@@ -487,6 +489,7 @@ PUBLIC: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         functools.partial(actnorm, order="add_mul", inverse=True),
         [(2, 3, 4), (3,), (3,)],
     ),
+    "squeeze": (squeeze, [(2, 3, 4, 6)]),
     "sppf": (lambda x, backend=None: sppf(x, 3, backend=backend), [(2, 3, 5, 4)]),
     "roi_align": (
         lambda x, backend=None: roi_align(x, _rois(x), (2, 3), backend=backend),

@@ -1,4 +1,4 @@
-"""A scale and shift per channel, 1x1 products and squeezing against float64 and plain formulas."""
+"""A scale and shift per channel and 1x1 products against float64 and plain formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from warploom._library import OPS
-from warploom.ops.coupling import actnorm, channel_affine, invertible_1x1, lu_weight, squeeze
+from warploom.ops.coupling import actnorm, channel_affine, invertible_1x1, lu_weight
 
 from tests.backends import DEVICE, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
@@ -229,23 +229,6 @@ def test_lu_weight_is_the_product_of_its_factors():
     torch.testing.assert_close(weight, permutation @ left @ right)
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3])
-@pytest.mark.parametrize("order", ["channel_major", "position_major"])
-def test_squeeze_places_each_pixel(factor, order):
-    x = normal(2, 3, 2 * factor, 3 * factor)
-    z = squeeze(x, factor, order=order)
-    assert z.shape == (2, 3 * factor**2, 2, 3)
-    for channel in range(3):
-        for position in range(factor**2):
-            row, column = divmod(position, factor)
-            place = {
-                "channel_major": channel * factor**2 + position,
-                "position_major": position * 3 + channel,
-            }[order]
-            assert torch.equal(z[:, place], x[:, channel, row::factor, column::factor])
-    assert torch.equal(squeeze(z, factor, order=order, inverse=True), x)
-
-
 def test_bad_input_is_named():
     x, ones = torch.ones(2, 3), torch.ones(3)
     with pytest.raises(ValueError, match=r"channel_affine: scale: expected shape \(3,\)"):
@@ -256,10 +239,6 @@ def test_bad_input_is_named():
         actnorm(x, ones, ones, scale_form="softplus")
     with pytest.raises(ValueError, match=r"invertible_1x1: weight: expected shape \(3, 3\)"):
         invertible_1x1(x, torch.ones(2, 2))
-    with pytest.raises(ValueError, match="squeeze: x: expected height and width"):
-        squeeze(torch.ones(1, 1, 3, 4), 2)
-    with pytest.raises(ValueError, match="squeeze: x: expected a multiple of 4 channels"):
-        squeeze(torch.ones(1, 3, 2, 2), 2, inverse=True)
 
 
 def test_conv_layouts_agree():

@@ -236,6 +236,7 @@ CASES: dict[str, tuple[str, Callable[[Make], tuple[Any, ...]], str]] = {
         OP_ARGS["channel_affine_backward"],
         "B C L",
     ),
+    "squeeze": ("squeeze", OP_ARGS["squeeze"], "B"),
     "spatial_pyramid_pool": ("spatial_pyramid_pool", lambda make: _pyramid(make)[0], "B"),
     "spatial_pyramid_pool, inference": (
         "spatial_pyramid_pool",

@@ -9,9 +9,9 @@ from warploom.ops._channel_affine import (
     channel_affine,
     invertible_1x1,
     lu_weight,
-    squeeze,
 )
 from warploom.ops._spline import rational_quadratic_spline, spline_coupling
+from warploom.ops._squeeze import squeeze
 
 __all__ = [
     "PRESETS",

@@ -19,6 +19,7 @@ from warploom.ops.coupling import (
     affine_coupling_linear,
     channel_affine,
     rational_quadratic_spline,
+    squeeze,
 )
 from warploom.ops.grouped_linear import grouped_linear
 from warploom.ops.lora import lora_linear, lora_shrink, rms_norm_shrink, swiglu_shrink
@@ -378,6 +379,15 @@ CASES = (
         lambda x, scale, shift, *_: channel_affine(x, scale, shift),
         lambda x, scale, shift, *_: torch.addcmul(shift[:, None, None], x, scale[:, None, None]),
         inputs=3,
+    ),
+    OpCase(
+        "squeeze",
+        "squeeze",
+        "[1, 64, S / 32, 32]",
+        lambda size, dtype: (given.feature_map(size, dtype), 2, "channel_major", False),
+        lambda x, factor, order, inverse: squeeze(x, factor),
+        lambda x, factor, order, inverse: torch.pixel_unshuffle(x, factor),
+        inputs=1,
     ),
     OpCase(
         "sppf",

@@ -42,6 +42,7 @@ _BACKWARD_OPS = {
     "add_rms_norm": "rms_norm_backward",
     "apply_rotary": "apply_rotary",
     "linear_cross_entropy": "linear_cross_entropy",
+    "squeeze": "squeeze",
 }
 
 

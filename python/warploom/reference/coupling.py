@@ -20,6 +20,7 @@ from warploom.reference._spline import (
 from warploom.reference._spline import (
     rational_quadratic_spline_backward as rational_quadratic_spline_backward,
 )
+from warploom.reference._squeeze import squeeze as squeeze
 
 #: What FrEIA has for 2 / pi.
 ATAN_SLOPE = 0.636
