@@ -154,7 +154,7 @@ def test_one_network_learns_sizes_that_it_was_not_shown(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "faces"}, "task: expected digits or coins, got 'faces'"),
+        ({"task": "faces"}, "task: expected one of digits, coins, got 'faces'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"sizes": "8;12"}, "sizes: expected sides such as 8,12,16, got '8;12'"),
         ({"unseen_sizes": "0"}, "unseen_sizes: expected sides"),

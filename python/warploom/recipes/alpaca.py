@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from warploom.lora import save_adapter
 from warploom.models.directory import replace_directory
 from warploom.recipes import _processes as processes
 from warploom.recipes import instruction_data as data
+from warploom.recipes._config import check_choice, check_whole_numbers
 from warploom.recipes._fine_tune_models import DTYPES, METHODS, build_model, whole_model
 from warploom.recipes._tokenizer_files import copy_tokenizer
 from warploom.recipes._training_run import TrainingRun, parameter_groups, warmup_cosine
@@ -74,20 +75,10 @@ class FineTuneConfig:
     device: Annotated[str, "cpu, cuda, or auto: cuda where there is one."] = "auto"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < (0 if field.name == "seed" else 1):
-                raise ValueError(f"sft: {field.name}: expected at least 1, got {value}")
-        formats = tuple(name for name in FORMATS if name != "dense")
-        for name, choices in (
-            ("method", METHODS),
-            ("dtype", tuple(DTYPES)),
-            ("quantization", formats),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"sft: {name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_whole_numbers("sft", self)
+        check_choice("sft", self, "method", METHODS)
+        check_choice("sft", self, "dtype", DTYPES)
+        check_choice("sft", self, "quantization", [name for name in FORMATS if name != "dense"])
         if self.epochs <= 0 or not 0 <= self.warmup_ratio < 1:
             raise ValueError(
                 "sft: epochs, warmup_ratio: expected more than 0 and a share in [0, 1), got "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from warploom.models.flows import FLOWS, Flow, make_flow, save_flow
+from warploom.recipes._config import check_choice, check_whole_numbers
 from warploom.recipes._extras import make_console
 from warploom.recipes._flow_data import DATA, DIGIT_LEVELS, load_data
 from warploom.recipes._flow_pictures import draw_images, interpolations
@@ -63,16 +64,9 @@ class FlowRunConfig:
     device: Annotated[str, "cpu, cuda, or auto: cuda where there is one."] = "auto"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("warmup_steps", "seed") else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"flow: {field.name}: expected at least {least}, got {value}")
-        for name, choices in (("model", tuple(FLOWS)), ("data", DATA)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"flow: {name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_whole_numbers("flow", self)
+        check_choice("flow", self, "model", FLOWS)
+        check_choice("flow", self, "data", DATA)
         if not self.is_image and self.model not in _TABLES:
             raise ValueError(f"flow: model: expected one of {', '.join(_TABLES)} for a table")
         if self.conditional and self.data == "diabetes":

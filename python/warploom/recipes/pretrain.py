@@ -10,7 +10,7 @@ another order).
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from warploom.models.causal_lm import CausalLanguageModel
 from warploom.models.directory import replace_directory
 from warploom.recipes import text_corpus
+from warploom.recipes._config import check_choice, check_whole_numbers
 from warploom.recipes._pretrain_models import ARCHITECTURES, build_model
 from warploom.recipes._processes import choose_device
 from warploom.recipes._training_run import TrainingRun, parameter_groups, warmup_cosine
@@ -72,16 +73,8 @@ class PretrainConfig:
     device: Annotated[str, "cpu, cuda, or auto: cuda where there is one."] = "auto"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("warmup_steps", "seed") else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"pretrain: {field.name}: expected at least {least}, got {value}")
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"pretrain: architecture: expected one of {', '.join(ARCHITECTURES)}, got "
-                f"{self.architecture!r}"
-            )
+        check_whole_numbers("pretrain", self)
+        check_choice("pretrain", self, "architecture", ARCHITECTURES)
 
 
 def learning_rate_at(config: PretrainConfig, step: int) -> float:

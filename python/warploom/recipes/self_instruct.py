@@ -24,6 +24,7 @@ import torch
 
 from warploom.models.auto import load_model
 from warploom.recipes import _task_text as texts
+from warploom.recipes._config import check_choice, check_whole_numbers
 from warploom.recipes._progress import progress_bar
 from warploom.recipes._rouge import InstructionPool
 from warploom.recipes._task_text import Task
@@ -68,10 +69,8 @@ class SelfInstructConfig:
     seed: Annotated[int, "Seed of the examples and of the sampling."] = 0
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise ValueError(
-                f"self-instruct: style: expected one of {', '.join(STYLES)}, got {self.style!r}"
-            )
+        check_choice("self-instruct", self, "style", STYLES)
+        check_whole_numbers("self-instruct", self)
 
 
 def read_seed_tasks(path: Path = SEED_TASKS) -> list[Task]:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from warploom.recipes._config import check_choice, check_whole_numbers
 from warploom.recipes._extras import require
 from warploom.recipes._processes import choose_device
 from warploom.recipes._progress import progress_bar
@@ -49,13 +50,8 @@ class SPPNetConfig:
     device: Annotated[str, "cpu, cuda, or auto: cuda where there is one."] = "auto"
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"spp_net: task: expected digits or coins, got {self.task!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "seed" else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"spp_net: {field.name}: expected at least {least}, got {value}")
+        check_choice("spp-net", self, "task", TASKS)
+        check_whole_numbers("spp-net", self)
         sides(self.sizes, "sizes")
         if self.unseen_sizes:
             sides(self.unseen_sizes, "unseen_sizes")
@@ -65,7 +61,7 @@ def sides(text: str, name: str) -> list[int]:
     """ "8,12" -> [8, 12]."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"spp_net: {name}: expected sides such as 8,12,16, got {text!r}")
+        raise ValueError(f"spp-net: {name}: expected sides such as 8,12,16, got {text!r}")
     return [int(part) for part in parts]
 
 
@@ -102,7 +98,7 @@ def train(config: SPPNetConfig) -> tuple[Task, dict[str, float]]:
         require(package)  # a run must not end for want of what draws its picture
     log_path = config.output / "log.jsonl"
     if log_path.exists():
-        raise FileExistsError(f"spp_net: output: {config.output} holds a run; name another folder")
+        raise FileExistsError(f"spp-net: output: {config.output} holds a run; name another folder")
     config.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, float] = {}
     with torch.random.fork_rng():
@@ -161,7 +157,7 @@ def _train_step(
     value, grad_norm = loss.item(), norm.item()
     if not (math.isfinite(value) and math.isfinite(grad_norm)):
         raise FloatingPointError(
-            f"spp_net: step {step}: loss {value}, gradient norm {grad_norm}: expected finite "
+            f"spp-net: step {step}: loss {value}, gradient norm {grad_norm}: expected finite "
             f"numbers; lower the learning rate ({rate:g})"
         )
     optimizer.step()

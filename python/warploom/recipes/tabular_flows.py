@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models.flows import make_flow
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._extras import make_console, require
 from warploom.recipes._flow_data import TABLES, FlowData, load_data
 from warploom.recipes._progress import progress_bar
@@ -38,10 +39,7 @@ class TabularConfig:
     seeds: Annotated[int, "Trainings of each model, from other weights and batches."] = 3
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise ValueError(f"flow-tables: {field.name}: expected at least 1, got {value}")
+        check_whole_numbers("flow-tables", self)
 
 
 @dataclass(frozen=True)

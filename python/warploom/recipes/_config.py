@@ -1,0 +1,26 @@
+"""What the configs of all recipes check of their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+#: Whole numbers that may be 0; all others are at least 1.
+_FROM_ZERO = ("seed", "warmup_steps")
+
+
+def check_whole_numbers(recipe: str, config: Any) -> None:
+    """ValueError where a whole number of the dataclass ``config`` is below 1, or 0 where that is allowed."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        least = 0 if field.name in _FROM_ZERO else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"{recipe}: {field.name}: expected at least {least}, got {value}")
+
+
+def check_choice(recipe: str, config: Any, name: str, choices: Collection[str]) -> None:
+    """ValueError where the field ``name`` of ``config`` is none of ``choices``."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{recipe}: {name}: expected one of {', '.join(choices)}, got {value!r}")
