@@ -246,5 +246,6 @@ def test_conv_layouts_agree():
     plain_layout = invertible_1x1(x, weight)[0]
     last = invertible_1x1(x.to(memory_format=torch.channels_last), weight)[0]
     torch.testing.assert_close(last, plain_layout)
+    assert last.is_contiguous(memory_format=torch.channels_last)
     exact = F.conv2d(x.double(), weight.double()[:, :, None, None]).float()
     torch.testing.assert_close(plain_layout, exact)

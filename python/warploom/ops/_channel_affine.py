@@ -196,6 +196,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() == 2:
         return F.linear(x, weight, bias)
     if x.is_cuda:  # cuDNN's convolutions of float32 are TF32 unless a global flag forbids it
+        if x.stride(1) == 1 and x.stride(-1) != 1:
+            return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
         rows = weight @ x.flatten(2)
         return (rows if bias is None else rows + bias[:, None]).view(x.shape)
     if x.dim() == 4:
