@@ -19,23 +19,54 @@ struct AffineCouplingPlan {
     BlockReducePlan<Traits::kThreads> reduce;
 };
 
+// A vector on its way to the maps, or a copy.
+template <typename Traits>
+struct AffineVector {
+    Place place;
+    Packed<typename Traits::Element, Traits::kVector> x;
+    PackedParams<typename Traits::Element, Traits::kVector> params;
+};
+
+// The one that begins at `element` of the thread's share; none past its end.
+template <typename Traits>
+WARPLOOM_DEVICE void load_vector_at(const AffineCouplingParams& params, const Share& share,
+                                    int element, AffineVector<Traits>& vector) {
+    using T = typename Traits::Element;
+    constexpr int kVector = Traits::kVector;
+    if (element >= share.end) {
+        return;
+    }
+    const CouplingOptions& options = params.options;
+    vector.place = place_of<kVector>(options, share.first + element);
+    if (vector.place.moved != 0 || params.z.data != params.x.data) {
+        vector.x =
+            load_packed<kVector>(sample_in<T>(params.x, share.sample) + share.first + element);
+    }
+    if (vector.place.moved != 0) {
+        vector.params = load_params<T, kVector>(options, params.shift, params.raw_scale,
+                                                share.sample, vector.place);
+    }
+}
+
 // z of one vector; returns the sum of its log scales.
 template <typename Traits>
 WARPLOOM_DEVICE float transform_vector(const AffineCouplingParams& params, const float* means,
-                                       std::int64_t sample, const Place& place) {
+                                       const Share& share, int element,
+                                       const AffineVector<Traits>& vector) {
     using T = typename Traits::Element;
     constexpr int kVector = Traits::kVector;
     const CouplingOptions& options = params.options;
-    const bool in_place = params.z.data == params.x.data;
-    if (place.moved == 0 && in_place) {
+    const Place& place = vector.place;
+    if (place.moved == 0 && params.z.data == params.x.data) {
         return 0.0f;
     }
     float values[kVector];
-    load_floats(address_in<T>(params.x, sample, place.channel, place.pixel), values);
+    unpack(vector.x, values);
     float sum = 0.0f;
     if (place.moved != 0) {
         AffineMaps<kVector> maps;
-        load_maps<T>(options, params.shift, params.raw_scale, means, sample, place, maps);
+        affine_maps(options, vector.params, are_paired(options, params.shift.channel_stride), means,
+                    place, maps);
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
             if ((place.moved >> index & 1) != 0) {
@@ -46,7 +77,7 @@ WARPLOOM_DEVICE float transform_vector(const AffineCouplingParams& params, const
             }
         }
     }
-    store_packed(address_in<T>(params.z, sample, place.channel, place.pixel),
+    store_packed(sample_in<T>(params.z, share.sample) + share.first + element,
                  pack_floats<T>(values));
     return sum;
 }
@@ -82,10 +113,13 @@ affine_coupling_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingTask task) {
     const Share share = share_of_thread<Traits>(options, task.grid);
     const float* means = sample_means(options, params.partials, share.sample);
     float sum = 0.0f;
+    AffineVector<Traits> next{};
+    load_vector_at(params, share, share.begin, next);
     WARPLOOM_NO_UNROLL
     for (int element = share.begin; element < share.end; element += share.step) {
-        const Place place = place_of<Traits::kVector>(options, share.first + element);
-        sum += transform_vector<Traits>(params, means, share.sample, place);
+        const AffineVector<Traits> vector = next;
+        load_vector_at(params, share, element + share.step, next);
+        sum += transform_vector(params, means, share, element, vector);
     }
     sum = static_cast<float>(options.log_sign) *
           sample_reduce_sum(sum, task.grid.sample_threads, plan.reduce);

@@ -16,17 +16,36 @@ struct AffineCouplingBackwardTask {
     CouplingGrid grid;
 };
 
-// Gradients of z at a vector; an absent gradient is 0.
-template <typename T, int kVector>
-WARPLOOM_DEVICE void load_gradients(const CouplingView& grad_z, std::int64_t sample,
-                                    const Place& place, float (&grads)[kVector]) {
-    if (grad_z.data != nullptr) {
-        load_floats(address_in<T>(grad_z, sample, place.channel, place.pixel), grads);
+// A vector on its way to its gradients; of passing elements grad_z alone.
+template <typename Traits>
+struct AffineGradients {
+    Place place;
+    Packed<typename Traits::Element, Traits::kVector> grad_z;  // 0 where it is absent
+    Packed<typename Traits::Element, Traits::kVector> source;
+    PackedParams<typename Traits::Element, Traits::kVector> params;
+};
+
+// The one that begins at `element` of the thread's share; none past its end.
+template <typename Traits>
+WARPLOOM_DEVICE void load_gradients(const AffineCouplingBackwardParams& params, const Share& share,
+                                    int element, AffineGradients<Traits>& vector) {
+    using T = typename Traits::Element;
+    constexpr int kVector = Traits::kVector;
+    if (element >= share.end) {
         return;
     }
-    WARPLOOM_UNROLL
-    for (int index = 0; index < kVector; ++index) {
-        grads[index] = 0.0f;
+    const CouplingOptions& options = params.options;
+    const std::int64_t place_in_sample = share.first + element;
+    vector.place = place_of<kVector>(options, place_in_sample);
+    if (params.grad_z.data != nullptr) {
+        vector.grad_z =
+            load_packed<kVector>(sample_in<T>(params.grad_z, share.sample) + place_in_sample);
+    }
+    if (vector.place.moved != 0) {
+        vector.source =
+            load_packed<kVector>(sample_in<T>(params.source, share.sample) + place_in_sample);
+        vector.params = load_params<T, kVector>(options, params.shift, params.raw_scale,
+                                                share.sample, vector.place);
     }
 }
 
@@ -54,22 +73,25 @@ WARPLOOM_DEVICE float full_grad_log_scale(const AffineCouplingBackwardParams& pa
 // The gradients at one vector.
 template <typename Traits>
 WARPLOOM_DEVICE void transform_gradients(const AffineCouplingBackwardParams& params,
-                                         const float* means, std::int64_t sample,
-                                         const Place& place) {
+                                         const float* means, const Share& share, int element,
+                                         const AffineGradients<Traits>& vector) {
     using T = typename Traits::Element;
     constexpr int kVector = Traits::kVector;
     const CouplingOptions& options = params.options;
+    const std::int64_t sample = share.sample;
+    const Place& place = vector.place;
     const bool has_params = place.moved != 0 || options.mask == CouplingMask::checkerboard ||
                             options.mask == CouplingMask::free;
     float grads[kVector];
-    load_gradients<T>(params.grad_z, sample, place, grads);
+    unpack(vector.grad_z, grads);
     float grad_shifts[kVector] = {};
     float grad_raw_scales[kVector] = {};
     if (place.moved != 0) {
         float sources[kVector];
-        load_floats(address_in<T>(params.source, sample, place.channel, place.pixel), sources);
+        unpack(vector.source, sources);
         AffineMaps<kVector> maps;
-        load_maps<T>(options, params.shift, params.raw_scale, means, sample, place, maps);
+        affine_maps(options, vector.params, are_paired(options, params.shift.channel_stride), means,
+                    place, maps);
         const auto params_scale = static_cast<float>(options.params_scale);
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
@@ -86,7 +108,7 @@ WARPLOOM_DEVICE void transform_gradients(const AffineCouplingBackwardParams& par
             }
         }
     }
-    store_packed(address_in<T>(params.grad_x, sample, place.channel, place.pixel),
+    store_packed(sample_in<T>(params.grad_x, sample) + share.first + element,
                  pack_floats<T>(grads));
     if (has_params) {
         store_params<T>(options, params.grad_shift, params.grad_raw_scale, sample, place,
@@ -102,10 +124,13 @@ affine_coupling_backward_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardTas
     const CouplingOptions& options = params.options;
     const Share share = share_of_thread<Traits>(options, task.grid);
     const float* means = sample_means(options, params.partials, share.sample);
+    AffineGradients<Traits> next{};
+    load_gradients(params, share, share.begin, next);
     WARPLOOM_NO_UNROLL
     for (int element = share.begin; element < share.end; element += share.step) {
-        const Place place = place_of<Traits::kVector>(options, share.first + element);
-        transform_gradients<Traits>(params, means, share.sample, place);
+        const AffineGradients<Traits> vector = next;
+        load_gradients(params, share, element + share.step, next);
+        transform_gradients(params, means, share, element, vector);
     }
 }
 
@@ -144,14 +169,16 @@ weight_gradient_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardParams param
              pixel += step) {
             const Place place = place_at<1>(options, channel, pixel);
             if (place.moved != 0) {
-                float grad[1];
-                float source[1];
-                load_gradients<T>(params.grad_z, sample, place, grad);
-                load_floats(address_in<T>(params.source, sample, channel, pixel), source);
-                AffineMaps<1> maps;
-                load_maps<T>(options, params.shift, params.raw_scale, means, sample, place, maps);
-                sum += maps.unweighted[0] * full_grad_log_scale(params, maps, means, sample, place,
-                                                                0, grad[0], source[0]);
+                const float grad =
+                    params.grad_z.data == nullptr
+                        ? 0.0f
+                        : device::to_float(*address_in<T>(params.grad_z, sample, channel, pixel));
+                const float source =
+                    device::to_float(*address_in<T>(params.source, sample, channel, pixel));
+                AffineMaps<1> map;
+                load_map<T>(options, params.shift, params.raw_scale, means, sample, place, map);
+                sum += map.unweighted[0] *
+                       full_grad_log_scale(params, map, means, sample, place, 0, grad, source);
             }
         }
         slot = slot_of(options, channel);

@@ -31,7 +31,7 @@ center_pixels_kernel(WARPLOOM_GRID_CONSTANT CouplingCenterParams params) {
             continue;
         }
         AffineMaps<1> maps;
-        load_maps<T>(options, params.shift, params.raw_scale, nullptr, sample, place, maps);
+        load_map<T>(options, params.shift, params.raw_scale, nullptr, sample, place, maps);
         logs += maps.log_scales[0];
         if (params.grad_z.data != nullptr) {
             const float grad =

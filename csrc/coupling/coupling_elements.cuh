@@ -12,44 +12,64 @@ WARPLOOM_DEVICE bool are_paired(const CouplingOptions& options, std::int64_t cha
     return options.channels_last && channel_stride == 2;
 }
 
-// Shifts and raw scales, 0 for the raw scales of an additive coupling.
+// The parameters of kVector neighbours as they lie in memory: shifts and raw scales, or where these
+// alternate their pairs. The raw scales of an additive coupling are 0.
 template <typename T, int kVector>
-WARPLOOM_DEVICE void load_params(const CouplingOptions& options, const CouplingView& shift,
-                                 const CouplingView& raw_scale, std::int64_t sample,
-                                 const Place& place, float (&t)[kVector], float (&u)[kVector]) {
-    const std::int64_t pixel = slot_pixel_of<kVector>(options, place);
-    const T* shifts = address_in<T>(shift, sample, place.slot, pixel);
+struct PackedParams {
+    Packed<T, kVector> shifts;
+    Packed<T, kVector> raw_scales;
+};
+
+template <typename T, int kVector>
+WARPLOOM_DEVICE PackedParams<T, kVector> load_params(const CouplingOptions& options,
+                                                     const CouplingView& shift,
+                                                     const CouplingView& raw_scale,
+                                                     std::int64_t sample, const Place& place) {
+    const std::int64_t place_in_sample =
+        place.slot * shift.channel_stride +
+        slot_pixel_of<kVector>(options, place) * shift.pixel_stride;
+    const T* shifts = sample_in<T>(shift, sample) + place_in_sample;
+    PackedParams<T, kVector> params{load_packed<kVector>(shifts), zero_packed<T, kVector>()};
+    if (kVector > 1 && are_paired(options, shift.channel_stride)) {
+        params.raw_scales = load_packed<kVector>(shifts + kVector);
+    } else if (raw_scale.data != nullptr) {
+        params.raw_scales = load_packed<kVector>(sample_in<T>(raw_scale, sample) + place_in_sample);
+    }
+    return params;
+}
+
+template <typename T, int kVector>
+WARPLOOM_DEVICE void unpack_params(bool paired, const PackedParams<T, kVector>& params,
+                                   float (&t)[kVector], float (&u)[kVector]) {
+    unpack(params.shifts, t);
+    unpack(params.raw_scales, u);
     if constexpr (kVector > 1) {
-        if (are_paired(options, shift.channel_stride)) {
+        if (paired) {
             float pairs[2 * kVector];
-            load_floats(shifts, pairs);
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kVector; ++index) {
+                pairs[index] = t[index];
+                pairs[kVector + index] = u[index];
+            }
             WARPLOOM_UNROLL
             for (int index = 0; index < kVector; ++index) {
                 t[index] = pairs[2 * index];
                 u[index] = pairs[2 * index + 1];
             }
-            return;
-        }
-    }
-    load_floats(shifts, t);
-    if (raw_scale.data != nullptr) {
-        load_floats(address_in<T>(raw_scale, sample, place.slot, pixel), u);
-    } else {
-        WARPLOOM_UNROLL
-        for (int index = 0; index < kVector; ++index) {
-            u[index] = 0.0f;
         }
     }
 }
 
-// The same way back.
+// Shifts and raw scales to where `load_params` finds them.
 template <typename T, int kVector>
 WARPLOOM_DEVICE void store_params(const CouplingOptions& options, const CouplingOutput& shift,
                                   const CouplingOutput& raw_scale, std::int64_t sample,
                                   const Place& place, const float (&t)[kVector],
                                   const float (&u)[kVector]) {
-    const std::int64_t pixel = slot_pixel_of<kVector>(options, place);
-    T* shifts = address_in<T>(shift, sample, place.slot, pixel);
+    const std::int64_t place_in_sample =
+        place.slot * shift.channel_stride +
+        slot_pixel_of<kVector>(options, place) * shift.pixel_stride;
+    T* shifts = sample_in<T>(shift, sample) + place_in_sample;
     if constexpr (kVector > 1) {
         if (are_paired(options, shift.channel_stride)) {
             WARPLOOM_UNROLL
@@ -67,7 +87,7 @@ WARPLOOM_DEVICE void store_params(const CouplingOptions& options, const Coupling
     }
     store_packed(shifts, pack_floats<T>(t));
     if (raw_scale.data != nullptr) {
-        store_packed(address_in<T>(raw_scale, sample, place.slot, pixel), pack_floats<T>(u));
+        store_packed(sample_in<T>(raw_scale, sample) + place_in_sample, pack_floats<T>(u));
     }
 }
 
@@ -111,15 +131,16 @@ struct AffineMaps {
 
 // `means` of the sample, null for maps that are not centred.
 template <typename T, int kVector>
-WARPLOOM_DEVICE void load_maps(const CouplingOptions& options, const CouplingView& shift,
-                               const CouplingView& raw_scale, const float* means,
-                               std::int64_t sample, const Place& place, AffineMaps<kVector>& maps) {
+WARPLOOM_DEVICE void affine_maps(const CouplingOptions& options,
+                                 const PackedParams<T, kVector>& params, bool paired,
+                                 const float* means, const Place& place,
+                                 AffineMaps<kVector>& maps) {
     const auto params_scale = static_cast<float>(options.params_scale);
     const auto clamp = static_cast<float>(options.clamp);
     const auto eps = static_cast<float>(options.eps);
     const float* weights = static_cast<const float*>(options.scale_weight);
     float raw[kVector];
-    load_params<T>(options, shift, raw_scale, sample, place, maps.shifts, raw);
+    unpack_params(paired, params, maps.shifts, raw);
     visit_scale(options.scale, [&]<CouplingScale kScale>() {
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
@@ -138,6 +159,14 @@ WARPLOOM_DEVICE void load_maps(const CouplingOptions& options, const CouplingVie
             maps.unweighted[index] * weight - mean_of(options, means, 0, place, index);
         maps.factors[index] = expf(static_cast<float>(options.log_sign) * maps.log_scales[index]);
     }
+}
+
+template <typename T>
+WARPLOOM_DEVICE void load_map(const CouplingOptions& options, const CouplingView& shift,
+                              const CouplingView& raw_scale, const float* means,
+                              std::int64_t sample, const Place& place, AffineMaps<1>& map) {
+    affine_maps(options, load_params<T, 1>(options, shift, raw_scale, sample, place), false, means,
+                place, map);
 }
 
 // The gradient of L of element `index`, but for log_det's: p g F x or p g F (x + q t).

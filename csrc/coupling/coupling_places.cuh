@@ -11,8 +11,8 @@
 
 namespace warploom::coupling {
 
-// Threads take kVector neighbours of a line at a time. The loads of one iteration do not overlap
-// with those of the next, so other warps keep the memory busy: as many blocks as have registers.
+// Threads take kVector neighbours of a line at a time, and load the next ones before they compute,
+// so that the memory is busy meanwhile. As many blocks as have registers.
 template <typename Element_, int kVector_, int kBlocks_>
 struct CouplingTraits {
     using Element = Element_;
@@ -156,13 +156,19 @@ WARPLOOM_DEVICE Place place_of(const CouplingOptions& options, std::int64_t elem
     return place_at<kVector>(options, static_cast<int>(division.quotient), division.remainder);
 }
 
-// The address of element (sample, channel, pixel) of a CouplingView or CouplingOutput.
+// Where a sample of a CouplingView or CouplingOutput begins. Samples of x, z, source and their
+// gradients are dense: element e of theirs is the e-th from here.
+template <typename T, typename View>
+WARPLOOM_DEVICE auto* sample_in(const View& view, std::int64_t sample) {
+    using Data = std::conditional_t<std::is_same_v<View, CouplingView>, const T, T>;
+    return static_cast<Data*>(view.data) + sample * view.batch_stride;
+}
+
+// The address of element (sample, channel, pixel).
 template <typename T, typename View>
 WARPLOOM_DEVICE auto* address_in(const View& view, std::int64_t sample, std::int64_t channel,
                                  std::int64_t pixel) {
-    using Data = std::conditional_t<std::is_same_v<View, CouplingView>, const T, T>;
-    return static_cast<Data*>(view.data) + sample * view.batch_stride +
-           channel * view.channel_stride + pixel * view.pixel_stride;
+    return sample_in<T>(view, sample) + channel * view.channel_stride + pixel * view.pixel_stride;
 }
 
 }  // namespace warploom::coupling

@@ -9,7 +9,7 @@ from warploom.triton_kernels.attention.scoring import (
     seen_keys,
 )
 from warploom.triton_kernels.common.dropout import keep_mask
-from warploom.triton_kernels.common.numerics import cast, dot
+from warploom.triton_kernels.common.numerics import cast, dot, dot_of_rows
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def attend(
         b_k = tl.load(p_k_tile, mask=(features < D) & (keys < Sk)[None, :], other=0.0)
         # [BLOCK_M, BLOCK_N]
         b_score, _ = biased_scores(
-            dot(b_q, b_k), rows[:, None], keys[None, :], sizes, bias, alibi, score_scale,
-            softcap_log2, SOFTCAP,
+            dot_of_rows(b_q, tl.trans(b_k)), rows[:, None], keys[None, :], sizes, bias, alibi,
+            score_scale, softcap_log2, SOFTCAP,
         )  # fmt: skip
         if MASKED:
             seen = seen_keys(rows[:, None], keys[None, :], sizes, window, padding, LEFT)

@@ -13,7 +13,7 @@ from warploom.triton_kernels.attention.scoring import (
     sequence,
 )
 from warploom.triton_kernels.common.dropout import keep_mask
-from warploom.triton_kernels.common.numerics import cast, dot
+from warploom.triton_kernels.common.numerics import cast, dot, dot_of_rows
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _add_key_gradients(
         b_delta = tl.load(delta_ptr + rows, mask=rows < Sq, other=0.0)
         # [BLOCK_N, BLOCK_M]
         b_score, b_tanh = biased_scores(
-            dot(b_k, tl.trans(b_q)), rows[None, :], keys[:, None], sizes, bias, alibi, score_scale,
+            dot_of_rows(b_k, b_q), rows[None, :], keys[:, None], sizes, bias, alibi, score_scale,
             softcap_log2, SOFTCAP,
         )  # fmt: skip
         b_p = tl.exp2(b_score - b_lse[None, :])

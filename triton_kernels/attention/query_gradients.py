@@ -14,7 +14,7 @@ from warploom.triton_kernels.attention.scoring import (
     sequence,
 )
 from warploom.triton_kernels.common.dropout import keep_mask
-from warploom.triton_kernels.common.numerics import cast, dot
+from warploom.triton_kernels.common.numerics import cast, dot, dot_of_rows
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _add_query_gradients(
         b_v = tl.load(p_v + v_offset, mask=key_mask & (value_features < DV), other=0.0)
         # [BLOCK_M, BLOCK_N]
         b_score, b_tanh = biased_scores(
-            dot(b_q, tl.trans(b_k)), rows[:, None], keys[None, :], sizes, bias, alibi, score_scale,
+            dot_of_rows(b_q, b_k), rows[:, None], keys[None, :], sizes, bias, alibi, score_scale,
             softcap_log2, SOFTCAP,
         )  # fmt: skip
         b_p = tl.exp2(b_score - b_lse[:, None])

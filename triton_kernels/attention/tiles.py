@@ -37,7 +37,7 @@ def forward_tile(dtype: torch.dtype, d: int, dv: int, plain: bool = True) -> Att
     if dtype == torch.float32:
         if widest <= 64:
             return AttentionTile(64, 32, 8, 1)
-        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(16, 32, 8, 1)
+        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(16, 16, 8, 1)
     if widest <= 64:
         return AttentionTile(128 if plain else 64, 64, 4, 3)
     if widest <= 128:
@@ -53,7 +53,7 @@ def decode_tile(dtype: torch.dtype, d: int, dv: int, rows: int) -> AttentionTile
     widest = padded_head_dim(max(d, dv))
     queries = 16 if rows <= 16 else 32
     if dtype == torch.float32:
-        return AttentionTile(16, 32, 4 if widest <= 128 else 8, 1)
+        return AttentionTile(16, 32, 4, 1) if widest <= 128 else AttentionTile(16, 16, 8, 1)
     return AttentionTile(queries, 64, 4, 2) if widest <= 128 else AttentionTile(16, 32, 8, 2)
 
 
@@ -61,7 +61,7 @@ def key_gradients_tile(dtype: torch.dtype, d: int, dv: int, plain: bool = True) 
     """The tile for dK and dV; its accumulators are [keys, d] and [keys, dv]."""
     widest = padded_head_dim(max(d, dv))
     if dtype == torch.float32:
-        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(16, 32, 8, 1)
+        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(16, 16, 8, 1)
     if widest <= 64:
         return AttentionTile(32, 64, 4, 2) if plain else AttentionTile(32, 32, 8, 2)
     if widest <= 128:
@@ -73,7 +73,7 @@ def query_gradients_tile(dtype: torch.dtype, d: int, dv: int, plain: bool = True
     """The tile for dQ; its accumulator is [queries, d]."""
     widest = padded_head_dim(max(d, dv))
     if dtype == torch.float32:
-        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(32, 16, 8, 1)
+        return AttentionTile(32, 32, 8, 1) if widest <= 128 else AttentionTile(16, 16, 8, 1)
     if widest <= 64:
         return AttentionTile(64, 64, 4, 2) if plain else AttentionTile(64, 32, 8, 2)
     if widest <= 128:

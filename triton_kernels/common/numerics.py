@@ -62,9 +62,10 @@ def dot(a, b, accumulator=None):
 def dot_of_rows(a, b):
     """a @ b^T, accumulated in float32; a [M, K], b [N, K], of one dtype.
 
-    A float32 product of many columns is summed in four chains, for `dot`'s reason: of every fourth column.
+    A float32 product of 64 columns or more is summed in four chains, for `dot`'s reason: of every fourth
+    column. Exchanging a and b changes no bit.
     """
-    if INTERPRETED or a.dtype != tl.float32 or a.shape[1] < 256:
+    if INTERPRETED or a.dtype != tl.float32 or a.shape[1] < 64:
         return dot(a, tl.trans(b))
     else:
         a_even, a_odd = _alternate_columns(a)
