@@ -2,6 +2,7 @@
 // common/cpu.h on namespaces).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -22,6 +23,16 @@ struct Held {
 
 template <Reduction kReduction, typename W>
 constexpr W kNothing = kReduction == Reduction::sum ? W{0} : -std::numeric_limits<W>::infinity();
+
+// Whether there is a NaN in a vector.
+template <typename Values>
+inline bool is_nan(const Values& values) {
+    bool found = false;
+    for (std::size_t lane = 0; lane < sizeof(values) / sizeof(values[0]); ++lane) {
+        found |= values[lane] != values[lane];
+    }
+    return found;
+}
 
 // Pixels come in order: of equal ones the first stays, of NaN the last. A maximum of numbers alone
 // is one instruction.
@@ -65,6 +76,25 @@ inline void combine(const Held<W, kLanes>& held, const Held<W, kLanes>& from, He
             to.places[part] = is_taken ? place_b : place_a;
         }
     }
+}
+
+// Whether there may be a NaN among `count` numbers, which are whole vectors: there is none where
+// the sum is a number.
+template <typename W>
+inline bool may_hold_nan(const W* numbers, std::int64_t count) {
+    constexpr int kSums = 4;
+    constexpr std::int64_t kStep = kSums * kSide<W>;
+    Vector<W> sums[kSums] = {};
+    std::int64_t at = 0;
+    for (; at + kStep <= count; at += kStep) {
+        for (int i = 0; i < kSums; ++i) {
+            sums[i] += load_vector(numbers + at + i * kSide<W>);
+        }
+    }
+    for (; at < count; at += kSide<W>) {
+        sums[0] += load_vector(numbers + at);
+    }
+    return is_nan((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace WARPLOOM_CPU_ISA

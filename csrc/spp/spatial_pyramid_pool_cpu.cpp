@@ -12,9 +12,10 @@
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
 #include "spp/held_cpu.h"
-#include "spp/narrow_planes_cpu.h"
 #include "spp/pyramid_cpu.h"
+#include "spp/small_planes_cpu.h"
 #include "spp/turn_cpu.h"
+#include "spp/write_bins_cpu.h"
 
 namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
@@ -54,27 +55,6 @@ void reduce_rows(const Planes<T>& planes, int begin, int end, int column, int co
             columns[index].values[lane / kSide<W>][lane % kSide<W>] = values[index];
             columns[index].places[lane / kSide<W>][lane % kSide<W>] =
                 places[index] + column + index;
-        }
-    }
-}
-
-// turned[index][lane]: pixels [first, first + count) of a row of the planes. Blocks may go beyond
-// the row, not beyond the plane: `turned` has kSide numbers before the first and behind the last.
-template <typename T, int kLanes, typename W = Wide<T>>
-inline void turn_row(const Planes<T>& planes, std::int64_t first, int count, W (*turned)[kLanes]) {
-    constexpr int kBlock = kSide<W>;
-    if (planes.pixel_stride == 1 && planes.lanes == kLanes && planes.size >= kBlock) {
-        for (int index = 0; index < count; index += kBlock) {
-            const std::int64_t last = planes.size - kBlock - first;
-            const std::int64_t at = index < last ? index : last;
-            turn_block(planes.first + first + at, planes.channel_stride, turned + at);
-        }
-        return;
-    }
-    for (int lane = 0; lane < planes.lanes; ++lane) {
-        const T* from = planes.first + first + lane * planes.channel_stride;
-        for (int index = 0; index < count; ++index) {
-            turned[index][lane] = widen(from[index * planes.pixel_stride]);
         }
     }
 }
@@ -121,18 +101,13 @@ template <typename T, Reduction kReduction, bool kMayBeNan, int kLanes, typename
                 take_pixel(index, pixel);
             }
         } else {
-            turn_row<T, kLanes>(planes, first, count, turned);
+            turn_row<T, kLanes, true>(planes, first, count, turned);
             for (int index = 0; index < count; ++index) {
                 take_pixel(index, turned[index]);
             }
         }
     }
-    const Vector<W> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    bool holds = true;
-    for (int lane = 0; lane < kSide<W>; ++lane) {
-        holds &= sum[lane] == sum[lane];
-    }
-    return holds;
+    return !is_nan((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // The cells of one band of rows: cells[c] of columns from cut c to cut c + 1.
@@ -201,91 +176,17 @@ void join_bins(const PyramidLevel& level, const PyramidLevel& finer,
                const Held<W, kLanes>* finer_bins, Held<W, kLanes>* bins) {
     const int down = finer.rows / level.rows;
     const int across = finer.columns / level.columns;
-    for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-        const Held<W, kLanes>* first =
-            finer_bins + bin / level.columns * down * finer.columns + bin % level.columns * across;
-        bins[bin] = first[0];
-        for (int piece = 1; piece < down * across; ++piece) {
-            combine<kReduction>(bins[bin], first[piece / across * finer.columns + piece % across],
-                                bins[bin]);
-        }
-    }
-}
-
-// What is held of a level's bins, vectors_of(bin), to out[lane * channel_stride + bin].
-template <typename T, typename W, int kLanes, typename Vectors, typename Element>
-void write_level(const PyramidLevel& level, int lanes, Vectors vectors_of, Element* out) {
-    constexpr int kBlock = kSide<W>;
-    const auto element_of = [](auto number) {
-        if constexpr (std::is_same_v<Element, T>) {
-            return narrow<T>(number);
-        } else {
-            return static_cast<Element>(number);
-        }
-    };
-    const int bins = level.rows * level.columns;
-    int bin = 0;
-    for (; lanes == kLanes && bin + kBlock <= bins; bin += kBlock) {
-        for (int part = 0; part < kLanes / kBlock; ++part) {
-            std::remove_cvref_t<decltype(vectors_of(0)[0])> rows[kBlock];
-            for (int i = 0; i < kBlock; ++i) {
-                rows[i] = vectors_of(bin + i)[part];
-            }
-            transpose<W>(rows);
-            for (int i = 0; i < kBlock; ++i) {
-                Element* to = out + (part * kBlock + i) * level.channel_stride + bin;
-#pragma omp simd
-                for (int lane = 0; lane < kBlock; ++lane) {
-                    to[lane] = element_of(rows[i][lane]);
+    for (int row = 0; row < level.rows; ++row, finer_bins += down * finer.columns) {
+        for (int column = 0; column < level.columns; ++column, ++bins) {
+            const Held<W, kLanes>* piece = finer_bins + column * across;
+            *bins = *piece;
+            for (int y = 0; y < down; ++y, piece += finer.columns) {
+                for (int x = y == 0 ? 1 : 0; x < across; ++x) {
+                    combine<kReduction>(*bins, piece[x], *bins);
                 }
             }
         }
     }
-    for (; bin < bins; ++bin) {
-        for (int lane = 0; lane < lanes; ++lane) {
-            out[lane * level.channel_stride + bin] =
-                element_of(vectors_of(bin)[lane / kBlock][lane % kBlock]);
-        }
-    }
-}
-
-// A level's bins of all planes to the output, of which `to` is the first.
-template <Reduction kReduction, typename T, int kLanes, typename W = Wide<T>>
-void write_bins(const SpatialPyramidPoolParams& params, const Grid& grid, const PyramidLevel& level,
-                const LevelPlace& first, int lanes, std::int64_t to, Held<W, kLanes>* bins) {
-    for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-        const PoolWindow& down = grid.rows.windows[first.row + bin / level.columns];
-        const PoolWindow& across = grid.columns.windows[first.column + bin % level.columns];
-        const W area = static_cast<W>(down.span) * static_cast<W>(across.span);
-        if (down.begin >= down.end || across.begin >= across.end) {
-            for (int part = 0; part < Held<W, kLanes>::kVectors; ++part) {
-                bins[bin].values[part] = Vector<W>{};
-                bins[bin].places[part] = Indices<W>{} - 1;
-            }
-        } else if constexpr (kReduction == Reduction::sum) {
-            for (Vector<W>& values : bins[bin].values) {
-                values /= area;
-            }
-        }
-    }
-    const auto write = [&](auto* out, auto vectors_of) {
-        write_level<T, W, kLanes>(level, lanes, vectors_of, out + to);
-    };
-    write(static_cast<T*>(params.out), [=](int bin) { return bins[bin].values; });
-    if constexpr (kReduction == Reduction::indexed_max) {
-        const auto places_of = [=](int bin) { return bins[bin].places; };
-        if (params.is_narrow_index) {
-            write(static_cast<std::int16_t*>(params.argmax), places_of);
-        } else {
-            write(static_cast<std::int32_t*>(params.argmax), places_of);
-        }
-    }
-}
-
-// The level of whose bins those of level `place` are made, or -1.
-template <Reduction kReduction>
-int finer_of(const Grid& grid, int place) {
-    return kReduction == Reduction::sum ? -1 : grid.places[place].finer;
 }
 
 // The bins of all levels that are not made of others', band after band.
@@ -314,21 +215,6 @@ void pool_bands(const SpatialPyramidPoolParams& params, const Grid& grid, const 
     }
 }
 
-// The same of planes that are no wider than a vector.
-template <typename T, Reduction kReduction, typename W = Wide<T>>
-void pool_levels(const SpatialPyramidPoolParams& params, const Grid& grid, const Planes<T>& planes,
-                 Held<W, kPlanes>* bins) {
-    const bool has_nan = kReduction != Reduction::sum && may_hold_nan(planes, grid);
-    for (int place = 0; place < params.level_count; ++place) {
-        if (finer_of<kReduction>(grid, place) < 0) {
-            const LevelPlace& first = grid.places[place];
-            const auto pool =
-                has_nan ? pool_narrow<kReduction, true, T> : pool_narrow<kReduction, false, T>;
-            pool(planes, grid, params.levels[place], first, bins + first.bin);
-        }
-    }
-}
-
 // One region of kLanes planes, from channel `channel` on.
 template <typename T, Reduction kReduction, int kLanes>
 void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t channel) {
@@ -344,16 +230,11 @@ void pool(const SpatialPyramidPoolParams& params, const Grid& grid, std::int64_t
         region.row_stride,
         params.pixel_stride,
         params.channel_stride,
-        size,
-        (rest - 1) * params.channel_stride + size};
+        size};
     Held<W, kLanes> bins[kMostBins * kMostBins];
-    const PoolAxis& across = grid.columns;
-    const bool is_narrow = params.pixel_stride == 1 && across.cut_count > 0 &&
-                           grid.rows.cut_count > 0 &&
-                           across.cuts[across.cut_count - 1] - across.cuts[0] <= kSide<W>;
     if constexpr (kLanes == kPlanes) {
-        if (is_narrow) {
-            pool_levels<T, kReduction>(params, grid, planes, bins);
+        if (is_small<T>(planes, grid)) {
+            pool_small<T, kReduction>(params, grid, planes, bins);
         } else {
             pool_bands<T, kReduction>(params, grid, planes, bins);
         }

@@ -130,21 +130,6 @@ inline void store_vector(W* to, const Vector<W>& vector) {
     __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// Whether there is a NaN among `count` numbers, which are whole vectors.
-template <typename W>
-inline bool holds_nan(const W* numbers, std::int64_t count) {
-    Indices<W> found{};
-    for (std::int64_t at = 0; at < count; at += kSide<W>) {
-        const Vector<W> vector = load_vector(numbers + at);
-        found |= vector != vector;
-    }
-    bool holds = false;
-    for (int lane = 0; lane < kSide<W>; ++lane) {
-        holds |= found[lane] != 0;
-    }
-    return holds;
-}
-
 // Calls body(whether, as a constant).
 template <typename Body>
 inline void visit_flag(bool flag, Body body) {
@@ -275,7 +260,7 @@ struct Cascade {
                 }
                 if (stage == 0) {
                     load_row(x, y, width, row);
-                    has_nan |= holds_nan(row, pitch);
+                    has_nan |= may_hold_nan(row, pitch);
                 } else {
                     pool_columns<false>(has_nan, row_maxima + (stage - 1) * size(), y, row, row);
                 }
@@ -307,7 +292,7 @@ struct Cascade {
             for (std::int64_t time = 0; time < height + 2 * radius; ++time) {
                 if (const std::int64_t y = time; has_row(y)) {
                     load_row(out + slice * channels, y, width, row);
-                    has_nan |= holds_nan(row, pitch);
+                    has_nan |= may_hold_nan(row, pitch);
                     pool_row<true>(has_nan, row, row_maxima + y * pitch, columns + y * pitch);
                 }
                 if (const std::int64_t y = time - radius; has_row(y)) {

@@ -91,9 +91,9 @@ inline Vector<float> load_vector(const BFloat16* from) {
     return vector;
 }
 
-// to[pixel][plane] = from[plane * stride + pixel] of kSide pixels of kPlanes planes. Asks for those
-// of the next planes.
-template <int kPlanes, typename T, typename W = Wide<T>>
+// to[pixel][plane] = from[plane * stride + pixel] of kSide pixels of kPlanes planes. If kAhead,
+// asks for those of the next planes.
+template <int kPlanes, bool kAhead, typename T, typename W = Wide<T>>
 inline void turn_block(const T* from, std::int64_t stride, W (*to)[kPlanes]) {
     constexpr int kRows = kSide<W>;
     static_assert(kPlanes % kRows == 0);
@@ -102,7 +102,9 @@ inline void turn_block(const T* from, std::int64_t stride, W (*to)[kPlanes]) {
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             rows[i] = load_vector(from + (plane + i) * stride);
-            __builtin_prefetch(from + (kPlanes + plane + i) * stride, 0, 2);
+            if constexpr (kAhead) {
+                __builtin_prefetch(from + (kPlanes + plane + i) * stride, 0, 2);
+            }
         }
         transpose<W>(rows);
 #pragma GCC unroll 16
