@@ -22,9 +22,11 @@ struct PyramidTraits {
     static constexpr bool kAverage = kAverage_;
     // Pixels of a row are neighbours in memory, not channels.
     static constexpr bool kInRows = kInRows_;
-    // A warp takes the rows of one plane, or one cell of 32 planes, of which a band has few.
+    // A warp takes the rows of a few planes, or one cell of 32 planes, of which a band has few.
     static constexpr int kThreads = kInRows ? 256 : 128;
     static constexpr int kWarps = kThreads / kWarpSize;
+    // Planes that a warp reads at once, so that their loads and shuffles overlap.
+    static constexpr int kPlanes = kWarpSize / kWarps;
     // Bins of a block: those of levels 1, 2, 4, 8 together.
     static constexpr int kBins = 96;
 };
@@ -109,12 +111,15 @@ WARPLOOM_DEVICE int bin_count(const PyramidParams& params) {
     return count;
 }
 
-// Rows [begin, end) of plane `lane`, by one warp: each thread reduces a column, and the first of
-// each cell's threads gets the cell, in the order of the columns.
+// A band's rows of every kWarps-th of `lanes` planes, from that of the warp's own number on: each
+// thread reduces a column, and the first of each cell's threads gets the cell, in the order of the
+// columns.
 template <typename Traits>
-WARPLOOM_DEVICE void reduce_rows(const typename Traits::Element* plane, const PyramidParams& params,
-                                 const PoolRegion& region, int band, int lane,
-                                 PyramidPlan<Traits>& plan) {
+WARPLOOM_DEVICE void reduce_rows(const typename Traits::Element* planes,
+                                 const PyramidParams& params, const PoolRegion& region, int band,
+                                 int lanes, PyramidPlan<Traits>& plan) {
+    constexpr int kPlanes = Traits::kPlanes;
+    const int warp = warp_index();
     const PoolAxis& axis = plan.columns;
     const int begin = plan.rows.cuts[band];
     const int end = plan.rows.cuts[band + 1];
@@ -122,12 +127,24 @@ WARPLOOM_DEVICE void reduce_rows(const typename Traits::Element* plane, const Py
     for (int first = axis.cuts[0]; first < last; first += kWarpSize) {
         const int column = first + lane_index();
         int cell = -1;
-        HeldPixel held = nothing_from<Traits::kAverage>(begin * region.pitch + column);
+        HeldPixel held[kPlanes];
+        const typename Traits::Element* from[kPlanes];
+        WARPLOOM_UNROLL
+        for (int index = 0; index < kPlanes; ++index) {
+            held[index] = nothing_from<Traits::kAverage>(begin * region.pitch + column);
+            // Past the last plane that one again, for nothing.
+            const int lane = warp + index * Traits::kWarps;
+            from[index] = planes + (lane < lanes ? lane : lanes - 1) * params.channel_stride +
+                          begin * region.row_stride + column * params.pixel_stride;
+        }
         if (column < last) {
-            const typename Traits::Element* from =
-                plane + begin * region.row_stride + column * params.pixel_stride;
-            for (int row = begin; row < end; ++row, from += region.row_stride) {
-                append<Traits::kAverage>({to_float(*from), row * region.pitch + column}, held);
+            for (int row = begin; row < end; ++row) {
+                WARPLOOM_UNROLL
+                for (int index = 0; index < kPlanes; ++index) {
+                    append<Traits::kAverage>({to_float(*from[index]), row * region.pitch + column},
+                                             held[index]);
+                    from[index] += region.row_stride;
+                }
             }
             while (axis.cuts[cell + 1] <= column) {
                 ++cell;
@@ -135,22 +152,33 @@ WARPLOOM_DEVICE void reduce_rows(const typename Traits::Element* plane, const Py
         }
         WARPLOOM_UNROLL
         for (int distance = 1; distance < kWarpSize; distance *= 2) {
-            const HeldPixel other{shuffle_down(held.value, distance),
-                                  shuffle_down(held.place, distance)};
             const int other_cell = shuffle_down(cell, distance);
-            if (lane_index() + distance < kWarpSize && other_cell == cell) {
-                combine<Traits::kAverage>(other, held);
+            const bool is_joined = lane_index() + distance < kWarpSize && other_cell == cell;
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kPlanes; ++index) {
+                const HeldPixel other{shuffle_down(held[index].value, distance),
+                                      shuffle_down(held[index].place, distance)};
+                if (is_joined) {
+                    combine<Traits::kAverage>(other, held[index]);
+                }
             }
         }
         const int cell_before = shuffle_up(cell, 1);
         if (cell >= 0 && (lane_index() == 0 || cell_before != cell)) {
-            if (column > axis.cuts[cell]) {
-                HeldPixel whole{plan.cell_values[cell][lane], plan.cell_places[cell][lane]};
-                combine<Traits::kAverage>(held, whole);
-                held = whole;
+            WARPLOOM_UNROLL
+            for (int index = 0; index < kPlanes; ++index) {
+                const int lane = warp + index * Traits::kWarps;
+                if (lane >= lanes) {
+                    break;
+                }
+                if (column > axis.cuts[cell]) {
+                    HeldPixel whole{plan.cell_values[cell][lane], plan.cell_places[cell][lane]};
+                    combine<Traits::kAverage>(held[index], whole);
+                    held[index] = whole;
+                }
+                plan.cell_values[cell][lane] = held[index].value;
+                plan.cell_places[cell][lane] = held[index].place;
             }
-            plan.cell_values[cell][lane] = held.value;
-            plan.cell_places[cell][lane] = held.place;
         }
         sync_warp();
     }
@@ -235,10 +263,7 @@ spatial_pyramid_pool_kernel(WARPLOOM_GRID_CONSTANT SpatialPyramidPoolParams para
     const int bands = plan.columns.cut_count == 0 ? 0 : plan.rows.cut_count - 1;
     for (int band = 0; band < bands; ++band) {
         if constexpr (Traits::kInRows) {
-            for (int lane = warp_index(); lane < lanes; lane += Traits::kWarps) {
-                reduce_rows<Traits>(planes + lane * params.channel_stride, params, region, band,
-                                    lane, plan);
-            }
+            reduce_rows<Traits>(planes, params, region, band, lanes, plan);
         } else if (lane_index() < lanes) {
             for (int cell = warp_index(); cell + 1 < plan.columns.cut_count;
                  cell += Traits::kWarps) {

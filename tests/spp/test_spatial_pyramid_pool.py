@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from warploom.ops.spp import spatial_pyramid_pool
 
-from tests.backends import BACKENDS, DEVICE, every_backend, every_dtype
+from tests.backends import BACKENDS, DEVICE, INTERPRETED, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
 INF, NAN = float("inf"), float("nan")
@@ -154,6 +154,26 @@ def test_a_slice_of_a_larger_buffer_reads_nothing_around(backend, mode):
     x = with_ties(2, 3, 5, 7)
     out = spatial_pyramid_pool(inside_larger(x), mode=mode, backend=backend)
     torch.testing.assert_close(out, levels_of_torch(x, mode=mode))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in INTERPRETED])
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [
+        pytest.param((2, 24, 12, 16), (1, 2, 4), id="vectors of pixels or channels"),
+        pytest.param((1, 17, 72, 64), (1, 3), id="more than a block writes"),
+        pytest.param((1, 16, 20, 24), (1, 2, 4, 8, 16), id="more cells than a block holds"),
+    ],
+)
+def test_gradients_of_means(backend, dtype, layout, shape, levels):
+    x = normal(*shape, dtype=dtype).contiguous(memory_format=layout)
+    grad = with_gradient(lambda t: spatial_pyramid_pool(t, levels, mode="avg", backend=backend), x)[
+        1
+    ]
+    expected = with_gradient(lambda t: levels_of_torch(t, levels, "avg"), x.double())[1]
+    torch.testing.assert_close(grad, expected.to(dtype))
 
 
 @every_layout
