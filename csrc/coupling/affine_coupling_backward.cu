@@ -59,7 +59,8 @@ void affine_coupling_backward_cuda(const AffineCouplingBackwardParams& params, S
             has_vectors<T>(params.grad_x, channels_last, 1) &&
             have_vectors<T>(params.shift, params.raw_scale, channels_last) &&
             have_vectors<T>(params.grad_shift, params.grad_raw_scale, channels_last)) {
-            launch.template operator()<CouplingTraits<T, kVectorElements<T>, sizeof(T) == 4 ? 3 : 2>>();
+            launch.template
+            operator()<CouplingTraits<T, kVectorElements<T>, sizeof(T) == 4 ? 5 : 4, 128>>();
         } else {
             launch.template operator()<CouplingTraits<T, 1, 3>>();
         }

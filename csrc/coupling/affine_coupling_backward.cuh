@@ -49,11 +49,20 @@ WARPLOOM_DEVICE void load_gradients(const AffineCouplingBackwardParams& params, 
     }
 }
 
-// The gradient of L of element `index` of a vector of `sample`.
+// What log_det gives to the gradient of each L of a sample; 0 past the last one.
+WARPLOOM_DEVICE float log_det_gradient(const AffineCouplingBackwardParams& params,
+                                       std::int64_t sample) {
+    const float* grad_log_det = static_cast<const float*>(params.grad_log_det);
+    return grad_log_det == nullptr || sample >= params.options.batch
+               ? 0.0f
+               : static_cast<float>(params.options.log_sign) * grad_log_det[sample];
+}
+
+// The gradient of L of element `index` of a vector.
 template <int kVector>
 WARPLOOM_DEVICE float full_grad_log_scale(const AffineCouplingBackwardParams& params,
                                           const AffineMaps<kVector>& maps, const float* means,
-                                          std::int64_t sample, const Place& place, int index,
+                                          float of_log_det, const Place& place, int index,
                                           float grad, float source) {
     const CouplingOptions& options = params.options;
     const auto log_sign = static_cast<float>(options.log_sign);
@@ -66,15 +75,14 @@ WARPLOOM_DEVICE float full_grad_log_scale(const AffineCouplingBackwardParams& pa
             params.from_output ? 1.0f : expf(-log_sign * mean_of(options, means, 0, place, index));
         return own - factor * mean_of(options, means, 1, place, index);
     }
-    const float* grad_log_det = static_cast<const float*>(params.grad_log_det);
-    return grad_log_det == nullptr ? own : own + log_sign * grad_log_det[sample];
+    return own + of_log_det;
 }
 
 // The gradients at one vector.
 template <typename Traits>
 WARPLOOM_DEVICE void transform_gradients(const AffineCouplingBackwardParams& params,
-                                         const float* means, const Share& share, int element,
-                                         const AffineGradients<Traits>& vector) {
+                                         const float* means, float of_log_det, const Share& share,
+                                         int element, const AffineGradients<Traits>& vector) {
     using T = typename Traits::Element;
     constexpr int kVector = Traits::kVector;
     const CouplingOptions& options = params.options;
@@ -96,7 +104,7 @@ WARPLOOM_DEVICE void transform_gradients(const AffineCouplingBackwardParams& par
         WARPLOOM_UNROLL
         for (int index = 0; index < kVector; ++index) {
             if ((place.moved >> index & 1) != 0) {
-                const float grad_log = full_grad_log_scale(params, maps, means, sample, place,
+                const float grad_log = full_grad_log_scale(params, maps, means, of_log_det, place,
                                                            index, grads[index], sources[index]);
                 // An absent gradient stays 0 beside an infinite factor.
                 const float grad_x =
@@ -124,13 +132,14 @@ affine_coupling_backward_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardTas
     const CouplingOptions& options = params.options;
     const Share share = share_of_thread<Traits>(options, task.grid);
     const float* means = sample_means(options, params.partials, share.sample);
+    const float of_log_det = log_det_gradient(params, share.sample);
     AffineGradients<Traits> next{};
     load_gradients(params, share, share.begin, next);
     WARPLOOM_NO_UNROLL
     for (int element = share.begin; element < share.end; element += share.step) {
         const AffineGradients<Traits> vector = next;
         load_gradients(params, share, element + share.step, next);
-        transform_gradients(params, means, share, element, vector);
+        transform_gradients(params, means, of_log_det, share, element, vector);
     }
 }
 
@@ -160,6 +169,7 @@ weight_gradient_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardParams param
     const int channel =
         static_cast<int>(block.remainder) * block_channels + (along_channels ? lane : warp);
     const float* means = sample_means(options, params.partials, sample);
+    const float of_log_det = log_det_gradient(params, sample);
     int slot = -1;
     float sum = 0.0f;
     if (channel < options.channels) {
@@ -178,7 +188,7 @@ weight_gradient_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingBackwardParams param
                 AffineMaps<1> map;
                 load_map<T>(options, params.shift, params.raw_scale, means, sample, place, map);
                 sum += map.unweighted[0] *
-                       full_grad_log_scale(params, map, means, sample, place, 0, grad, source);
+                       full_grad_log_scale(params, map, means, of_log_det, place, 0, grad, source);
             }
         }
         slot = slot_of(options, channel);

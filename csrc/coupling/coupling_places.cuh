@@ -13,11 +13,11 @@ namespace warploom::coupling {
 
 // Threads take kVector neighbours of a line at a time, and load the next ones before they compute,
 // so that the memory is busy meanwhile. As many blocks as have registers.
-template <typename Element_, int kVector_, int kBlocks_>
+template <typename Element_, int kVector_, int kBlocks_, int kThreads_ = 256>
 struct CouplingTraits {
     using Element = Element_;
     static constexpr int kVector = kVector_;
-    static constexpr int kThreads = 256;
+    static constexpr int kThreads = kThreads_;
     static constexpr int kBlocksPerMultiprocessor = kBlocks_;
 };
 
