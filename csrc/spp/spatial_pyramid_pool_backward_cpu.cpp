@@ -18,8 +18,8 @@ namespace {
 
 // Elements of a gradient of 16 bits that are summed at a time.
 constexpr int kTile = 8192;
-// Elements of a channels-last gradient that fill some of the second cache.
-constexpr std::int64_t kPart = 1 << 17;
+// Of a channels-last gradient: some of the second cache.
+constexpr std::int64_t kPartBytes = 1 << 19;
 // Neighbouring channels that are written one after the other.
 constexpr int kRun = 256;
 
@@ -34,30 +34,77 @@ struct Sums {
     std::int64_t lanes;
 };
 
-// Each bin's gradient to its maximum.
-template <typename T, typename Index>
-void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t index,
-                   std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
-    const Index* argmax = static_cast<const Index*>(params.argmax) + index * params.out_stride;
-    const std::int64_t begin = sums.begin;
-    const std::int64_t pixel_stride = sums.pixel_stride;
-    const auto size = static_cast<std::uint64_t>(sums.end - begin);
-    for (int place = 0; place < params.level_count; ++place) {
-        const PyramidLevel& level = params.levels[place];
-        const int bins = level.rows * level.columns;
-        std::int64_t from = level.offset + channel * level.channel_stride;
-        Wide<T>* first = sums.first;
-        for (std::int64_t lane = 0; lane < sums.lanes; ++lane) {
-            for (int bin = 0; bin < bins; ++bin) {
+// Calls body(index) for the regions of an image, in their order.
+template <typename Body>
+inline void for_each_region(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                            Body body) {
+    if (!params.has_regions) {
+        body(image);
+        return;
+    }
+    for (std::int64_t index = 0; index < params.count; ++index) {
+        if (params.regions[7 * index] == image) {
+            body(index);
+        }
+    }
+}
+
+// Calls body(pixel - begin, gradient) for the bins of one channel whose maximum lies in pixels
+// [begin, end).
+template <typename T, typename Body>
+inline void for_each_maximum(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                             std::int64_t channel, std::int64_t begin, std::int64_t end,
+                             Body body) {
+    const auto size = static_cast<std::uint64_t>(end - begin);
+    const auto visit = [&](std::int64_t index, const auto* argmax) {
+        const T* const grad_out = static_cast<const T*>(params.grad_out);
+        for (int place = 0; place < params.level_count; ++place) {
+            const PyramidLevel& level = params.levels[place];
+            const std::int64_t first =
+                index * params.out_stride + level.offset + channel * level.channel_stride;
+            const std::int64_t last = first + level.rows * level.columns;
+            for (std::int64_t bin = first; bin < last; ++bin) {
                 // -1, of none, is beyond the end, too.
-                const auto pixel = static_cast<std::uint64_t>(argmax[from + bin] - begin);
+                const auto pixel = static_cast<std::uint64_t>(argmax[bin] - begin);
                 if (pixel < size) {
-                    first[pixel * pixel_stride] += widen(grad_out[from + bin]);
+                    body(static_cast<std::int64_t>(pixel), widen(grad_out[bin]));
                 }
             }
-            from += level.channel_stride;
-            first += sums.channel_stride;
+        }
+    };
+    for_each_region(params, image, [&](std::int64_t index) {
+        if (params.is_narrow_index) {
+            visit(index, static_cast<const std::int16_t*>(params.argmax));
+        } else {
+            visit(index, static_cast<const std::int32_t*>(params.argmax));
+        }
+    });
+}
+
+// Each bin's gradient to its maximum, where there are zeros: of 16 bits the few sums of a plane are
+// made in float32, and rounded once.
+template <typename T>
+void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                   std::int64_t channel, const Sums<T>& grads) {
+    for (std::int64_t lane = 0; lane < grads.lanes; ++lane) {
+        T* const plane = grads.first + lane * grads.channel_stride;
+        const auto visit = [&](std::int64_t begin, std::int64_t end, auto body) {
+            for_each_maximum<T>(params, image, channel + lane, begin, end, body);
+        };
+        if constexpr (std::is_same_v<T, Wide<T>>) {
+            visit(grads.begin, grads.end,
+                  [&](std::int64_t pixel, T grad) { plane[pixel * grads.pixel_stride] += grad; });
+        } else {
+            float sums[kTile];
+            for (std::int64_t begin = grads.begin; begin < grads.end; begin += kTile) {
+                const std::int64_t end = std::min<std::int64_t>(begin + kTile, grads.end);
+                T* const tile = plane + (begin - grads.begin) * grads.pixel_stride;
+                visit(begin, end, [&](std::int64_t pixel, float) { sums[pixel] = 0; });
+                visit(begin, end, [&](std::int64_t pixel, float grad) { sums[pixel] += grad; });
+                visit(begin, end, [&](std::int64_t pixel, float) {
+                    tile[pixel * grads.pixel_stride] = narrow<T>(sums[pixel]);
+                });
+            }
         }
     }
 }
@@ -136,27 +183,6 @@ void add_to_windows(const SpatialPyramidPoolBackwardParams& params, const Grid& 
     }
 }
 
-// What all regions of the image add, in their order.
-template <typename T>
-void add_regions(const SpatialPyramidPoolBackwardParams& params, Grid& grid, std::int64_t image,
-                 std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const bool is_listed = params.has_regions;
-    for (std::int64_t index = is_listed ? 0 : image; index < (is_listed ? params.count : image + 1);
-         ++index) {
-        if (is_listed && params.regions[7 * index] != image) {
-            continue;
-        }
-        if (params.is_average) {
-            grid.move_to(params, index);
-            add_to_windows<T>(params, grid, channel, sums);
-        } else if (params.is_narrow_index) {
-            add_to_maxima<T, std::int16_t>(params, index, channel, sums);
-        } else {
-            add_to_maxima<T, std::int32_t>(params, index, channel, sums);
-        }
-    }
-}
-
 template <typename T>
 void fill_zeros(const Sums<T>& sums) {
     const std::int64_t pixels = sums.end - sums.begin;
@@ -173,32 +199,39 @@ void fill_zeros(const Sums<T>& sums) {
     }
 }
 
-// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of 16
-// bits a tile at a time, rounded once.
+// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of
+// means of 16 bits a tile at a time, rounded once.
 template <typename T>
 void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, T* grad_x,
                    std::int64_t image, std::int64_t channel, std::int64_t lanes, std::int64_t begin,
                    std::int64_t end) {
+    using W = Wide<T>;
     grad_x += channel * params.channel_stride;
-    if constexpr (std::is_same_v<T, Wide<T>>) {
-        const Sums<T> sums{grad_x + begin * params.pixel_stride,
-                           params.pixel_stride,
-                           params.channel_stride,
-                           begin,
-                           end,
-                           lanes};
+    const Sums<T> grads{grad_x + begin * params.pixel_stride,
+                        params.pixel_stride,
+                        params.channel_stride,
+                        begin,
+                        end,
+                        lanes};
+    const auto add_means = [&](const Sums<W>& sums) {
         fill_zeros(sums);
-        add_regions<T>(params, grid, image, channel, sums);
+        for_each_region(params, image, [&](std::int64_t index) {
+            grid.move_to(params, index);
+            add_to_windows<T>(params, grid, channel, sums);
+        });
+    };
+    if (!params.is_average) {
+        fill_zeros(grads);
+        add_to_maxima(params, image, channel, grads);
+    } else if constexpr (std::is_same_v<T, W>) {
+        add_means(grads);
     } else {
         const bool in_planes = params.pixel_stride == 1;
         float tile[kTile];
         const std::int64_t most = kTile / lanes;
         for (std::int64_t first = begin; first < end; first += most) {
             const std::int64_t last = std::min(first + most, end);
-            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last,
-                                   lanes};
-            fill_zeros(sums);
-            add_regions<T>(params, grid, image, channel, sums);
+            add_means({tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last, lanes});
             const std::int64_t outer = in_planes ? lanes : last - first;
             const std::int64_t inner = in_planes ? last - first : lanes;
             for (std::int64_t at = 0; at < outer; ++at) {
@@ -349,12 +382,13 @@ bool spans(const PoolAxis& axis, int extent) {
 
 template <typename T>
 void add_all(const SpatialPyramidPoolBackwardParams& params) {
-    constexpr bool is_in_place = std::is_same_v<T, Wide<T>>;
     const bool in_planes = params.pixel_stride == 1;
-    const bool is_whole = !in_planes && !params.is_average && is_in_place;
+    const bool is_whole = !in_planes && !params.is_average;
     const std::int64_t most = is_whole ? params.channels : in_planes ? kPlanes : kNeighbours;
     const std::int64_t groups = ceil_divide(params.channels, most);
-    const std::int64_t parts = is_whole ? ceil_divide(pixel_count(params) * most, kPart) : 1;
+    const std::int64_t parts =
+        is_whole ? ceil_divide(pixel_count(params) * most * std::int64_t{sizeof(T)}, kPartBytes)
+                 : 1;
     const std::int64_t grain = 1 + kGrain * parts / (most * (1 + pixel_count(params)));
     parallel_for(params.images * groups * parts, grain, [&](std::int64_t begin, std::int64_t end) {
         Grid grid;
