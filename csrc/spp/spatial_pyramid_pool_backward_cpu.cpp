@@ -9,8 +9,8 @@
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
 #include "spp/pyramid_cpu.h"
+#include "spp/pyramid_means_cpu.h"
 #include "spp/spatial_pyramid_pool.h"
-#include "spp/write_bins_cpu.h"
 
 namespace warploom::spp {
 namespace WARPLOOM_CPU_ISA {
@@ -18,10 +18,10 @@ namespace {
 
 // Elements of a gradient of 16 bits that are summed at a time.
 constexpr int kTile = 8192;
-// Elements of a channels-last gradient that fill some of the second cache.
-constexpr std::int64_t kPart = 1 << 17;
-// Neighbouring channels that are written one after the other.
-constexpr int kRun = 256;
+// Pixels of which all are set to zero, and not those alone that are added to.
+constexpr std::int64_t kFewPixels = 512;
+// Of a channels-last gradient: some of the second cache.
+constexpr std::int64_t kPartBytes = 1 << 19;
 
 // Sums of gradients of `lanes` planes, of their pixels from `begin` to `end`.
 template <typename W>
@@ -34,68 +34,80 @@ struct Sums {
     std::int64_t lanes;
 };
 
-// Each bin's gradient to its maximum.
-template <typename T, typename Index>
-void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t index,
-                   std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + index * params.out_stride;
-    const Index* argmax = static_cast<const Index*>(params.argmax) + index * params.out_stride;
-    const std::int64_t begin = sums.begin;
-    const std::int64_t pixel_stride = sums.pixel_stride;
-    const auto size = static_cast<std::uint64_t>(sums.end - begin);
-    for (int place = 0; place < params.level_count; ++place) {
-        const PyramidLevel& level = params.levels[place];
-        const int bins = level.rows * level.columns;
-        std::int64_t from = level.offset + channel * level.channel_stride;
-        Wide<T>* first = sums.first;
-        for (std::int64_t lane = 0; lane < sums.lanes; ++lane) {
-            for (int bin = 0; bin < bins; ++bin) {
-                // -1, of none, is beyond the end, too.
-                const auto pixel = static_cast<std::uint64_t>(argmax[from + bin] - begin);
-                if (pixel < size) {
-                    first[pixel * pixel_stride] += widen(grad_out[from + bin]);
-                }
-            }
-            from += level.channel_stride;
-            first += sums.channel_stride;
+// Calls body(index) for the regions of an image, in their order.
+template <typename Body>
+inline void for_each_region(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                            Body body) {
+    if (!params.has_regions) {
+        body(image);
+        return;
+    }
+    for (std::int64_t index = 0; index < params.count; ++index) {
+        if (params.regions[7 * index] == image) {
+            body(index);
         }
     }
 }
 
-// What each pixel of a band of rows gets of all bins, in their order: shares[cell][lane].
-template <typename T, int kLanes, typename Lanes, typename W = Wide<T>>
-inline void share_band(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
-                       std::int64_t channel, Lanes lanes, W (*shares)[kLanes]) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + grid.index * params.out_stride;
-    for (int cell = 0; cell + 1 < grid.columns.cut_count; ++cell) {
-        std::fill_n(shares[cell], lanes, W{0});
-    }
-    for (int place = 0; place < params.level_count; ++place) {
-        const PyramidLevel& level = params.levels[place];
-        const LevelPlace& first = grid.places[place];
-        for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-            const int row = first.row + bin / level.columns;
-            const int column = first.column + bin % level.columns;
-            if (!covers(grid.rows, row, band)) {
-                continue;
-            }
-            const W area = static_cast<W>(grid.rows.windows[row].span) *
-                           static_cast<W>(grid.columns.windows[column].span);
-            const T* from = grad_out + level.offset + channel * level.channel_stride + bin;
-            W share[kLanes];
-            for (int lane = 0; lane < lanes; ++lane) {
-                share[lane] = widen(from[lane * level.channel_stride]);
-            }
-#pragma omp simd
-            for (int lane = 0; lane < lanes; ++lane) {
-                share[lane] /= area;
-            }
-            for (int cell = grid.columns.first_band[column]; cell < grid.columns.last_band[column];
-                 ++cell) {
-#pragma omp simd
-                for (int lane = 0; lane < lanes; ++lane) {
-                    shares[cell][lane] += share[lane];
+// Calls body(pixel - begin, gradient) for the bins of one channel whose maximum lies in pixels
+// [begin, end).
+template <typename T, typename Body>
+inline void for_each_maximum(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                             std::int64_t channel, std::int64_t begin, std::int64_t end,
+                             Body body) {
+    const auto size = static_cast<std::uint64_t>(end - begin);
+    const auto visit = [&](std::int64_t index, const auto* argmax) {
+        const T* const grad_out = static_cast<const T*>(params.grad_out);
+        for (int place = 0; place < params.level_count; ++place) {
+            const PyramidLevel& level = params.levels[place];
+            const std::int64_t first =
+                index * params.out_stride + level.offset + channel * level.channel_stride;
+            const std::int64_t last = first + level.rows * level.columns;
+            for (std::int64_t bin = first; bin < last; ++bin) {
+                // -1, of none, is beyond the end, too.
+                const auto pixel = static_cast<std::uint64_t>(argmax[bin] - begin);
+                if (pixel < size) {
+                    body(static_cast<std::int64_t>(pixel), widen(grad_out[bin]));
                 }
+            }
+        }
+    };
+    for_each_region(params, image, [&](std::int64_t index) {
+        if (params.is_narrow_index) {
+            visit(index, static_cast<const std::int16_t*>(params.argmax));
+        } else {
+            visit(index, static_cast<const std::int32_t*>(params.argmax));
+        }
+    });
+}
+
+// Each bin's gradient to its maximum, where there are zeros: of 16 bits the few sums of a plane are
+// made in float32, and rounded once.
+template <typename T>
+void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t image,
+                   std::int64_t channel, const Sums<T>& grads) {
+    for (std::int64_t lane = 0; lane < grads.lanes; ++lane) {
+        T* const plane = grads.first + lane * grads.channel_stride;
+        const auto visit = [&](std::int64_t begin, std::int64_t end, auto body) {
+            for_each_maximum<T>(params, image, channel + lane, begin, end, body);
+        };
+        if constexpr (std::is_same_v<T, Wide<T>>) {
+            visit(grads.begin, grads.end,
+                  [&](std::int64_t pixel, T grad) { plane[pixel * grads.pixel_stride] += grad; });
+        } else {
+            float sums[kTile];
+            for (std::int64_t begin = grads.begin; begin < grads.end; begin += kTile) {
+                const std::int64_t end = std::min<std::int64_t>(begin + kTile, grads.end);
+                T* const tile = plane + (begin - grads.begin) * grads.pixel_stride;
+                if (end - begin <= kFewPixels) {
+                    std::fill_n(sums, end - begin, 0.0f);
+                } else {
+                    visit(begin, end, [&](std::int64_t pixel, float) { sums[pixel] = 0; });
+                }
+                visit(begin, end, [&](std::int64_t pixel, float grad) { sums[pixel] += grad; });
+                visit(begin, end, [&](std::int64_t pixel, float) {
+                    tile[pixel * grads.pixel_stride] = narrow<T>(sums[pixel]);
+                });
             }
         }
     }
@@ -136,27 +148,6 @@ void add_to_windows(const SpatialPyramidPoolBackwardParams& params, const Grid& 
     }
 }
 
-// What all regions of the image add, in their order.
-template <typename T>
-void add_regions(const SpatialPyramidPoolBackwardParams& params, Grid& grid, std::int64_t image,
-                 std::int64_t channel, const Sums<Wide<T>>& sums) {
-    const bool is_listed = params.has_regions;
-    for (std::int64_t index = is_listed ? 0 : image; index < (is_listed ? params.count : image + 1);
-         ++index) {
-        if (is_listed && params.regions[7 * index] != image) {
-            continue;
-        }
-        if (params.is_average) {
-            grid.move_to(params, index);
-            add_to_windows<T>(params, grid, channel, sums);
-        } else if (params.is_narrow_index) {
-            add_to_maxima<T, std::int16_t>(params, index, channel, sums);
-        } else {
-            add_to_maxima<T, std::int32_t>(params, index, channel, sums);
-        }
-    }
-}
-
 template <typename T>
 void fill_zeros(const Sums<T>& sums) {
     const std::int64_t pixels = sums.end - sums.begin;
@@ -173,32 +164,39 @@ void fill_zeros(const Sums<T>& sums) {
     }
 }
 
-// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of 16
-// bits a tile at a time, rounded once.
+// The gradient of `lanes` planes, whose image is grad_x, of pixels [begin, end): in place, or of
+// means of 16 bits a tile at a time, rounded once.
 template <typename T>
 void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, T* grad_x,
                    std::int64_t image, std::int64_t channel, std::int64_t lanes, std::int64_t begin,
                    std::int64_t end) {
+    using W = Wide<T>;
     grad_x += channel * params.channel_stride;
-    if constexpr (std::is_same_v<T, Wide<T>>) {
-        const Sums<T> sums{grad_x + begin * params.pixel_stride,
-                           params.pixel_stride,
-                           params.channel_stride,
-                           begin,
-                           end,
-                           lanes};
+    const Sums<T> grads{grad_x + begin * params.pixel_stride,
+                        params.pixel_stride,
+                        params.channel_stride,
+                        begin,
+                        end,
+                        lanes};
+    const auto add_means = [&](const Sums<W>& sums) {
         fill_zeros(sums);
-        add_regions<T>(params, grid, image, channel, sums);
+        for_each_region(params, image, [&](std::int64_t index) {
+            grid.move_to(params, index);
+            add_to_windows<T>(params, grid, channel, sums);
+        });
+    };
+    if (!params.is_average) {
+        fill_zeros(grads);
+        add_to_maxima(params, image, channel, grads);
+    } else if constexpr (std::is_same_v<T, W>) {
+        add_means(grads);
     } else {
         const bool in_planes = params.pixel_stride == 1;
         float tile[kTile];
         const std::int64_t most = kTile / lanes;
         for (std::int64_t first = begin; first < end; first += most) {
             const std::int64_t last = std::min(first + most, end);
-            const Sums<float> sums{tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last,
-                                   lanes};
-            fill_zeros(sums);
-            add_regions<T>(params, grid, image, channel, sums);
+            add_means({tile, in_planes ? 1 : lanes, in_planes ? most : 1, first, last, lanes});
             const std::int64_t outer = in_planes ? lanes : last - first;
             const std::int64_t inner = in_planes ? last - first : lanes;
             for (std::int64_t at = 0; at < outer; ++at) {
@@ -214,147 +212,15 @@ void pool_backward(const SpatialPyramidPoolBackwardParams& params, Grid& grid, T
     }
 }
 
-// The gradient of means of a whole image, of one band of its rows and `lanes` planes.
-template <typename T, int kLanes, typename Lanes>
-void write_means(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
-                 std::int64_t channel, Lanes lanes) {
-    Wide<T> shares[kMostCuts][kLanes];
-    T gradients[kMostCuts][kLanes];
-    share_band<T>(params, grid, band, channel, lanes, shares);
-    const int cells = grid.columns.cut_count - 1;
-    const int* const cuts = grid.columns.cuts;
-    for (int cell = 0; cell < cells; ++cell) {
-#pragma omp simd
-        for (int lane = 0; lane < lanes; ++lane) {
-            gradients[cell][lane] = narrow<T>(shares[cell][lane]);
-        }
-    }
-    T* const grad_x =
-        static_cast<T*>(params.grad_x) + grid.region.first + channel * params.channel_stride;
-    const int begin = grid.rows.cuts[band];
-    const int end = grid.rows.cuts[band + 1];
-    for (int lane = 0; params.pixel_stride == 1 && lane < lanes; ++lane) {
-        T* to = grad_x + lane * params.channel_stride + begin * params.row_stride;
-        for (int cell = 0; cell < cells; ++cell) {
-            std::fill(to + cuts[cell], to + cuts[cell + 1], gradients[cell][lane]);
-        }
-        for (int row = begin + 1; row < end; ++row) {
-            __builtin_memcpy(to + (row - begin) * params.row_stride, to,
-                             static_cast<std::size_t>(params.width) * sizeof(T));
-        }
-    }
-    for (int row = begin; params.pixel_stride != 1 && row < end; ++row) {
-        for (int cell = 0; cell < cells; ++cell) {
-            for (int column = cuts[cell]; column < cuts[cell + 1]; ++column) {
-                T* to = grad_x + row * params.row_stride + column * params.pixel_stride;
-                std::copy_n(gradients[cell], lanes, to);
-            }
-        }
-    }
-}
-
-// The same of all bands where a row is no longer than a vector: whole vectors are written, in the
-// order of memory, and what goes beyond a row is written again.
-template <typename T, typename Lanes, typename W = Wide<T>>
-void write_narrow_means(const SpatialPyramidPoolBackwardParams& params, const Grid& grid,
-                        std::int64_t channel, Lanes lanes) {
-    constexpr int kBlock = kSide<W>;
-    const PoolAxis& across = grid.columns;
-    const int bands = grid.rows.cut_count - 1;
-    T rows[kMostCuts][kPlanes][kBlock];
-    W shares[kMostCuts][kPlanes] = {};
-    for (int band = 0; band < bands; ++band) {
-        share_band<T, kPlanes>(params, grid, band, channel, lanes, shares);
-        for (int part = 0; part < kPlanes; part += kBlock) {
-            Vector<W> columns[kBlock];
-            int cell = 0;
-            for (int column = 0; column < kBlock; ++column) {
-                cell += cell + 2 < across.cut_count && column == across.cuts[cell + 1] ? 1 : 0;
-                columns[column] = load_vector(shares[cell] + part);
-            }
-            transpose<W>(columns);
-            for (int lane = 0; lane < kBlock; ++lane) {
-                write_vector<T>(columns[lane], rows[band][part + lane]);
-            }
-        }
-    }
-    T* const grad_x =
-        static_cast<T*>(params.grad_x) + grid.region.first + channel * params.channel_stride;
-    const std::int64_t end =
-        (lanes - 1) * params.channel_stride + params.height * params.row_stride;
-    for (int lane = 0; lane < lanes; ++lane) {
-        std::int64_t to = lane * params.channel_stride;
-        for (int band = 0; band < bands; ++band) {
-            const T* const from = rows[band][lane];
-            for (int row = grid.rows.cuts[band]; row < grid.rows.cuts[band + 1]; ++row) {
-                if (to + kBlock <= end) {
-                    __builtin_memcpy(grad_x + to, from, sizeof(rows[band][lane]));
-                } else {
-                    std::copy_n(from, params.width, grad_x + to);
-                }
-                to += params.row_stride;
-            }
-        }
-    }
-}
-
-// Of all images, each given to body(grid, first channel, lanes, part) in `parts`.
-template <int kLanes, typename Body>
-void for_each_planes(const SpatialPyramidPoolBackwardParams& params, const Grid& first_grid,
-                     std::int64_t parts, Body body) {
-    const std::int64_t groups = ceil_divide(params.channels, kLanes);
-    const std::int64_t pixels = static_cast<std::int64_t>(params.height) * params.width;
-    const std::int64_t grain = 1 + kGrain * parts / (kLanes * (1 + pixels));
-    parallel_for(params.images * groups * parts, grain, [&](std::int64_t begin, std::int64_t end) {
-        Grid grid = first_grid;
-        for (std::int64_t item = begin; item < end; ++item) {
-            const std::int64_t group = item / parts;
-            const std::int64_t channel = group % groups * kLanes;
-            const int part = static_cast<int>(item % parts);
-            grid.move_to(params, group / groups);
-            if (params.channels - channel >= kLanes) {
-                body(grid, channel, std::integral_constant<int, kLanes>(), part);
-            } else {
-                body(grid, channel, static_cast<int>(params.channels - channel), part);
-            }
-        }
-    });
-}
-
-template <typename T>
-void write_all_means(const SpatialPyramidPoolBackwardParams& params, const Grid& first_grid) {
-    const int bands = first_grid.rows.cut_count - 1;
-    if (params.pixel_stride != 1) {
-        for_each_planes<kRun>(params, first_grid, bands,
-                              [&](const Grid& grid, std::int64_t channel, auto lanes, int band) {
-                                  write_means<T, kRun>(params, grid, band, channel, lanes);
-                              });
-    } else if (params.width > kSide<Wide<T>>) {
-        for_each_planes<kPlanes>(params, first_grid, bands,
-                                 [&](const Grid& grid, std::int64_t channel, auto lanes, int band) {
-                                     write_means<T, kPlanes>(params, grid, band, channel, lanes);
-                                 });
-    } else {
-        for_each_planes<kPlanes>(params, first_grid, 1,
-                                 [&](const Grid& grid, std::int64_t channel, auto lanes, int) {
-                                     write_narrow_means<T>(params, grid, channel, lanes);
-                                 });
-    }
-}
-
-// Whether windows lie from the first to the last place of an axis.
-bool spans(const PoolAxis& axis, int extent) {
-    return axis.cut_count > 0 && axis.cuts[0] == 0 && axis.cuts[axis.cut_count - 1] == extent;
-}
-
 template <typename T>
 void add_all(const SpatialPyramidPoolBackwardParams& params) {
-    constexpr bool is_in_place = std::is_same_v<T, Wide<T>>;
     const bool in_planes = params.pixel_stride == 1;
-    const bool is_whole = !in_planes && !params.is_average && is_in_place;
+    const bool is_whole = !in_planes && !params.is_average;
     const std::int64_t most = is_whole ? params.channels : in_planes ? kPlanes : kNeighbours;
     const std::int64_t groups = ceil_divide(params.channels, most);
-    const std::int64_t parts = is_whole ? ceil_divide(pixel_count(params) * most, kPart) : 1;
+    const std::int64_t parts =
+        is_whole ? ceil_divide(pixel_count(params) * most * std::int64_t{sizeof(T)}, kPartBytes)
+                 : 1;
     const std::int64_t grain = 1 + kGrain * parts / (most * (1 + pixel_count(params)));
     parallel_for(params.images * groups * parts, grain, [&](std::int64_t begin, std::int64_t end) {
         Grid grid;
