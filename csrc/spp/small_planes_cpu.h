@@ -168,9 +168,10 @@ void pool_small(const SpatialPyramidPoolParams& params, const Grid& grid, const 
         turn_row<T, kPlanes, false>(planes, (region.top + row) * planes.row_stride + region.left,
                                     run, turned + row * region.pitch);
     }
-    // Asks for the next planes, a part each time.
-    const T* next = planes.first + kPlanes * planes.channel_stride + region.top * planes.row_stride;
-    const std::int64_t part = kPlanes * region.rows * planes.row_stride / kPrefetchParts;
+    // Asks for the next planes, a part each time, where all of them is read.
+    const T* next = planes.first + kPlanes * planes.channel_stride;
+    const std::int64_t part =
+        region.is_whole ? kPlanes * region.rows * planes.row_stride / kPrefetchParts : 0;
     const auto next_row = [&] {
         prefetch(next, part);
         next += part;

@@ -18,8 +18,6 @@ namespace {
 
 // Elements of a gradient of 16 bits that are summed at a time.
 constexpr int kTile = 8192;
-// Pixels of which all are set to zero, and not those alone that are added to.
-constexpr std::int64_t kFewPixels = 512;
 // Of a channels-last gradient: some of the second cache.
 constexpr std::int64_t kPartBytes = 1 << 19;
 
@@ -99,11 +97,7 @@ void add_to_maxima(const SpatialPyramidPoolBackwardParams& params, std::int64_t 
             for (std::int64_t begin = grads.begin; begin < grads.end; begin += kTile) {
                 const std::int64_t end = std::min<std::int64_t>(begin + kTile, grads.end);
                 T* const tile = plane + (begin - grads.begin) * grads.pixel_stride;
-                if (end - begin <= kFewPixels) {
-                    std::fill_n(sums, end - begin, 0.0f);
-                } else {
-                    visit(begin, end, [&](std::int64_t pixel, float) { sums[pixel] = 0; });
-                }
+                visit(begin, end, [&](std::int64_t pixel, float) { sums[pixel] = 0; });
                 visit(begin, end, [&](std::int64_t pixel, float grad) { sums[pixel] += grad; });
                 visit(begin, end, [&](std::int64_t pixel, float) {
                     tile[pixel * grads.pixel_stride] = narrow<T>(sums[pixel]);
