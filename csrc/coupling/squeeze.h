@@ -24,18 +24,18 @@ struct SqueezeStrides {
 };
 
 struct SqueezeParams {
-    const void* from;
-    void* to;
-    bool to_lines;          // from packed to lines, or the other way round
+    const void* from = nullptr;
+    void* to = nullptr;
+    bool to_lines = false;  // from packed to lines, or the other way round
     std::int64_t sizes[4];  // how many matrices; sizes[0] is the batch
     SqueezeStrides packed;  // element i of line k lies i * ways + k further
     SqueezeStrides lines;  // and (k / factor) * block_row + (k % factor) * block_column + i further
     std::int64_t length;
     std::int64_t ways;
     std::int64_t factor;
-    std::int64_t block_row;
-    std::int64_t block_column;
-    DType dtype;  // elements are moved, whatever they are
+    std::int64_t block_row = 0;
+    std::int64_t block_column = 0;
+    DType dtype = DType::float32;  // elements are moved, whatever they are
 };
 
 // An image [B, C, factor * height, factor * width], squeezed [B, C factor^2, height, width].
