@@ -44,7 +44,8 @@ void affine_coupling_cuda(const AffineCouplingParams& params, Stream stream) {
         if (allows_vectors<T>(options) && has_vectors<T>(params.x, options.channels_last, 1) &&
             has_vectors<T>(params.z, options.channels_last, 1) &&
             have_vectors<T>(params.shift, params.raw_scale, options.channels_last)) {
-            launch.template operator()<CouplingTraits<T, kVectorElements<T>, 3>>();
+            launch.template
+            operator()<CouplingTraits<T, kVectorElements<T>, sizeof(T) == 4 ? 4 : 3>>();
         } else {
             launch.template operator()<CouplingTraits<T, 1, 3>>();
         }

@@ -27,16 +27,13 @@ struct AffineVector {
     PackedParams<typename Traits::Element, Traits::kVector> params;
 };
 
-// The one that begins at `element` of the thread's share; none past its end.
 template <typename Traits>
-WARPLOOM_DEVICE void load_vector_at(const AffineCouplingParams& params, const Share& share,
-                                    int element, AffineVector<Traits>& vector) {
+WARPLOOM_DEVICE AffineVector<Traits> load_vector_at(const AffineCouplingParams& params,
+                                                    const Share& share, int element) {
     using T = typename Traits::Element;
     constexpr int kVector = Traits::kVector;
-    if (element >= share.end) {
-        return;
-    }
     const CouplingOptions& options = params.options;
+    AffineVector<Traits> vector{};
     vector.place = place_of<kVector>(options, share.first + element);
     if (vector.place.moved != 0 || params.z.data != params.x.data) {
         vector.x =
@@ -46,6 +43,7 @@ WARPLOOM_DEVICE void load_vector_at(const AffineCouplingParams& params, const Sh
         vector.params = load_params<T, kVector>(options, params.shift, params.raw_scale,
                                                 share.sample, vector.place);
     }
+    return vector;
 }
 
 // z of one vector; returns the sum of its log scales.
@@ -113,12 +111,9 @@ affine_coupling_kernel(WARPLOOM_GRID_CONSTANT AffineCouplingTask task) {
     const Share share = share_of_thread<Traits>(options, task.grid);
     const float* means = sample_means(options, params.partials, share.sample);
     float sum = 0.0f;
-    AffineVector<Traits> next{};
-    load_vector_at(params, share, share.begin, next);
     WARPLOOM_NO_UNROLL
     for (int element = share.begin; element < share.end; element += share.step) {
-        const AffineVector<Traits> vector = next;
-        load_vector_at(params, share, element + share.step, next);
+        const AffineVector<Traits> vector = load_vector_at<Traits>(params, share, element);
         sum += transform_vector(params, means, share, element, vector);
     }
     sum = static_cast<float>(options.log_sign) *

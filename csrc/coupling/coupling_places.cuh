@@ -11,8 +11,8 @@
 
 namespace warploom::coupling {
 
-// Threads take kVector neighbours of a line at a time, and load the next ones before they compute,
-// so that the memory is busy meanwhile. As many blocks as have registers.
+// Threads take kVector neighbours of a line at a time. The backward loads the next ones before it
+// computes; of the forward other warps keep the memory busy. As many blocks as have registers.
 template <typename Element_, int kVector_, int kBlocks_, int kThreads_ = 256>
 struct CouplingTraits {
     using Element = Element_;

@@ -14,7 +14,7 @@ from warploom.ops import _cross_entropy_blocks, vocab
 from warploom.ops.vocab import linear_cross_entropy
 
 from tests import plain
-from tests.backends import DEVICE, SLOW_BACKENDS, every_backend, every_dtype
+from tests.backends import BACKENDS, DEVICE, SLOW_BACKENDS, every_backend, every_dtype
 from tests.numerics import check_against_float64, inside_larger
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -110,7 +110,7 @@ def test_values_and_gradients(backend, dtype, reduction, case):
     case.check(backend, dtype, reduction)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"] if DEVICE == "cpu" else BACKENDS)
 @every_dtype
 @every_reduction
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -157,7 +157,7 @@ def test_gradients_of_confident_tokens(dtype, trained):
         loss = function(leaf, matrix, targets, reduction="sum")
         grads.append(torch.autograd.grad(loss, leaf)[0].double())
     exact, got = grads
-    assert exact.abs().max() < 0.05
+    assert exact.abs().max() < 0.2
     # A logit near 9 is rounded, and in float32 1 - p near 0.
     tolerance = 16 * torch.finfo(dtype).eps + 1e-5
     assert (got - exact).norm() <= tolerance * exact.norm()
