@@ -1,4 +1,4 @@
-"""The binary uses nothing of torch but its stable interface, and carries its table of kernels."""
+"""The binary uses nothing of torch but its stable interface, carries its table of kernels, and keeps AVX-512 apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 import warploom._C
 
@@ -49,3 +50,18 @@ def test_kernel_table_lists_every_unit_without_spills():
     families = {kernel["name"].split("::")[0] for kernel in table}
     units = (Path(__file__).parents[1] / "csrc").glob("*/*.cu")
     assert not table or families == {unit.parent.name for unit in units}
+
+
+def test_units_of_an_instruction_set_share_no_function():
+    """The linker keeps one of two inline functions of one name: AVX-512's could run without AVX-512."""
+    objects = sorted((Path(__file__).parent.parent / "build").rglob("*_cpu_v4*.o"))
+    if not objects:
+        pytest.skip("no object files: the extension was built elsewhere")
+    listing = subprocess.run(
+        ["nm", "-AC", "--defined-only", *map(str, objects)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    shared = re.findall(r".* [WVu] (?!DW\.ref).*", listing)
+    assert not [line for line in shared if "::v4" not in line]

@@ -92,11 +92,17 @@ void squeeze_ways(const SqueezeParams& params) {
 }  // namespace
 
 void squeeze_cpu(const SqueezeParams& params) {
-    dispatch_dtype<TypeCase<DType::float32, std::uint32_t>, TypeCase<DType::float16, std::uint16_t>,
-                   TypeCase<DType::bfloat16, std::uint16_t>,
-                   TypeCase<DType::float64, std::uint64_t>>(params.dtype, [&]<typename T>() {
+    const auto run = [&params]<typename T>(T) {
         params.to_lines ? squeeze_ways<true, T>(params) : squeeze_ways<false, T>(params);
-    });
+    };
+    switch (element_size(params.dtype)) {
+        case 2:
+            return run(std::uint16_t{});
+        case 4:
+            return run(std::uint32_t{});
+        default:
+            return run(std::uint64_t{});
+    }
 }
 
 }  // namespace WARPLOOM_CPU_ISA
