@@ -1,4 +1,4 @@
-"""The binary uses nothing of torch but its stable interface, carries its table of kernels, and keeps AVX-512 apart."""
+"""What the binary uses of torch: its stable interface; its table of kernels; AVX-512 kept apart."""
 
 from __future__ import annotations
 
