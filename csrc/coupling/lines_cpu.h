@@ -81,27 +81,26 @@ class LineMaker {
   public:
     LineMaker(Line& line, const Body& body) : line_(line), body_(body) { clear(); }
 
-    // `run`, in pieces where the line is too short for it.
-    void add(Run run) {
-        while (run.length > 0) {
-            const std::int64_t taken = std::min(run.length, kLine - line_.count);
-            Run& piece = line_.runs[line_.run_count++];
-            piece = run;
-            piece.length = taken;
-            if (taken < run.length) {
-                piece.x_gap = piece.params_gap = 0;
-            }
-            line_.count += taken;
-            run.length -= taken;
-            if (line_.indices != nullptr) {
-                run.index += taken;
-            } else {
-                run.x += taken * line_.x_step;
-            }
-            run.params += taken * line_.params_step;
-            run.grads += taken * line_.grads_step;
-            run.slot += line_.along_channels ? taken : 0;
-            run.pixel += line_.along_channels ? 0 : taken;
+    // `run`, in pieces where the line is too short for it. A piece is put together from numbers: to
+    // copy a run that was just written would wait for all stores before it.
+    [[gnu::always_inline]] void add(const Run& run) {
+        std::int64_t begin = 0;
+        while (begin < run.length) {
+            const std::int64_t length = std::min(run.length - begin, kLine - line_.count);
+            const bool last = begin + length == run.length;
+            const std::int64_t index = line_.indices != nullptr ? begin : 0;
+            const std::int64_t channels = line_.along_channels ? begin : 0;
+            line_.runs[line_.run_count++] = {run.x + (begin - index) * line_.x_step,
+                                             run.params + begin * line_.params_step,
+                                             run.grads + begin * line_.grads_step,
+                                             length,
+                                             run.index + index,
+                                             run.slot + channels,
+                                             run.pixel + begin - channels,
+                                             last ? run.x_gap : 0,
+                                             last ? run.params_gap : 0};
+            line_.count += length;
+            begin += length;
             if (line_.count == kLine) {
                 flush();
             }
