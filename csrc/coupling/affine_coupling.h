@@ -98,7 +98,7 @@ struct AffineCouplingBackwardParams {
 };
 
 inline constexpr std::int64_t kCouplingPartElements = 16384;
-inline constexpr std::int64_t kCouplingCentredPixels = 256;
+inline constexpr std::int64_t kCouplingCentredPixels = 2048;
 
 // How the CPU cuts a sample: into ranges of pixels, and where `channel_parts` each of them into
 // channels; fixed by the shape, whatever the number of threads. A part is range + ranges * channel.

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "coupling/affine_coupling_cpu.h"
+#include "coupling/params_reader_cpu.h"
 
 namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {
@@ -19,6 +19,7 @@ struct BackwardLine {
     const W* mean;              // of `centred`
     const std::uint8_t* moved;  // where masked: elements that do not pass
     W* centred;                 // L, then its gradient
+    W* sums;                    // of that
     W* grad_x;
     W* grad_shift;
     W* grad_raw_scale;
@@ -75,7 +76,8 @@ template <bool add_first, bool from_output, typename W>
                                    const Constants<W>& constants) {
     const W *grad_z = values.grad_z, *source = values.source, *shift = values.shift;
     const W* mean = values.mean;
-    W *centred = values.centred, *grad_x = values.grad_x, *grad_shift = values.grad_shift;
+    W *centred = values.centred, *sums = values.sums;
+    W *grad_x = values.grad_x, *grad_shift = values.grad_shift;
     const Constants<W> c = constants;
     const AheadAll<7> next = values.next;
     for_each_in_line(
@@ -84,8 +86,10 @@ template <bool add_first, bool from_output, typename W>
             const W factor = exponential(c.log_sign * (centred[i] - mean[i]));
             const W upstream = grad_z[i];
             const W grad_in = upstream * factor;
-            centred[i] = grad_log<add_first, from_output>(
+            const W grad = grad_log<add_first, from_output>(
                 upstream, source[i], c.shift_scale * shift[i], factor, c.log_sign);
+            centred[i] = grad;
+            sums[i] += grad;
             grad_x[i] = grad_in;
             grad_shift[i] = c.shift_scale * (add_first ? grad_in : upstream);
         });
@@ -158,10 +162,8 @@ class Backward {
                           });
         } else {
             reader_.for_centred_parts(
-                [&](std::int64_t sample, std::int64_t begin, std::int64_t end) {
-                    Scratch<W> scratch;
-                    run_centred(sample, begin, end, scratch);
-                });
+                [&](std::int64_t sample, std::int64_t begin, std::int64_t end, Scratch<W>& scratch,
+                    W* centred) { run_centred(sample, begin, end, scratch, centred); });
         }
         if (params_.grad_weight != nullptr) {
             add_partials();
@@ -170,23 +172,24 @@ class Backward {
 
   private:
     // L of the parts, then its gradient beside those of x and shift, then that of the raw scale.
-    void run_centred(std::int64_t sample, std::int64_t begin, std::int64_t end,
-                     Scratch<W>& scratch) const {
-        const Centred<W> centred(reader_.centred_elements());
-        W* at = centred.values;
+    void run_centred(std::int64_t sample, std::int64_t begin, std::int64_t end, Scratch<W>& scratch,
+                     W* centred) const {
+        W* at = centred;
         double total = 0;
         for (std::int64_t part = begin; part < end; ++part) {
-            total += reader_.log_sums(sample, part, scratch, at);
+            total +=
+                reader_.log_sums(sample, part, sample_of<T>(params_.grad_z, sample), scratch, at);
         }
         const W mean = reader_.mean_of(total);
-        at = centred.values;
+        at = centred;
         total = 0;
         for (std::int64_t part = begin; part < end; ++part) {
             write_passing(sample, part);
-            total += reader_.sums(part, scratch, [&](const Line& line) {
+            total += reader_.sums(part, scratch, [&](const Line& line, W* sums) {
                 BackwardLine<W> values = read_upstream(sample, scratch);
                 values.centred = at;
                 values.mean = reader_.mean(scratch, mean);
+                values.sums = sums;
                 compute_(line.count, values, reader_.constants);
                 write_upstream(sample, line, values);
                 at += line.count;
@@ -194,7 +197,7 @@ class Backward {
             });
         }
         const W grad_mean = reader_.mean_of(total);
-        at = centred.values;
+        at = centred;
         for (std::int64_t part = begin; part < end; ++part) {
             W* partials = clear_partials(sample, part);
             reader_.for_lines(part, scratch, [&](const Line& line) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "coupling/affine_coupling_cpu.h"
+#include "coupling/params_reader_cpu.h"
 
 namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {
@@ -126,15 +126,15 @@ void forward(const AffineCouplingParams& params) {
             run(sample, part, scratch, W{0}, logs);
         });
     } else {
-        reader.for_centred_parts([&](std::int64_t sample, std::int64_t begin, std::int64_t end) {
-            Scratch<W> scratch;
-            const Centred<W> centred(reader.centred_elements());
-            W* found = centred.values;
+        reader.for_centred_parts([&](std::int64_t sample, std::int64_t begin, std::int64_t end,
+                                     Scratch<W>& scratch, W* centred) {
+            W* found = centred;
             double total = 0;
             for (std::int64_t part = begin; part < end; ++part) {
-                total += reader.log_sums(sample, part, scratch, found);
+                total +=
+                    reader.log_sums(sample, part, sample_of<T>(params.x, sample), scratch, found);
             }
-            const W* logs = centred.values;
+            const W* logs = centred;
             for (std::int64_t part = begin; part < end; ++part) {
                 run(sample, part, scratch, reader.mean_of(total), logs);
             }

@@ -92,8 +92,8 @@ template <typename Prepare, typename Body>
 
 // Two requests a block: they are 64 bytes apart for float32.
 [[gnu::always_inline]] inline void ask_for(const Ahead& ahead, std::int64_t first) {
-    __builtin_prefetch(ahead.first + first * ahead.step, 0, 2);
-    __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 2);
+    __builtin_prefetch(ahead.first + first * ahead.step, 0, 3);
+    __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 3);
 }
 template <int count>
 struct AheadAll {
@@ -106,31 +106,14 @@ template <int count>
     }
 }
 
-template <typename W>
-[[gnu::always_inline]] inline double sum_of_lanes(const W (&sums)[kBlockElements]) {
+template <typename W, int count>
+[[gnu::always_inline]] inline double sum_of_lanes(const W (&sums)[count]) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (std::int64_t lane = 0; lane < kBlockElements; ++lane) {
+    for (int lane = 0; lane < count; ++lane) {
         sum += static_cast<double>(sums[lane]);
     }
     return sum;
-}
-
-template <typename Scale, typename W>
-[[gnu::flatten]] void log_line(std::int64_t count, const W* raw_scale, const W* weight,
-                               const Ahead& next, const Constants<W>& constants, W* log_scale) {
-    const Constants<W> c = constants;
-    const Ahead ahead = next;
-    for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for(ahead, first); },
-        [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
-            log_scale[i] = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
-        });
-}
-
-template <typename W>
-auto log_line_of(const CouplingOptions& options) {
-    return visit_line(options, []<typename Scale, bool, bool>() { return log_line<Scale, W>; });
 }
 
 template <typename W>
@@ -195,13 +178,24 @@ void copy_passing(const CouplingOptions& options, const CouplingParts& parts, st
         }
         return;
     }
-    const bool over_channels =
-        options.mask == CouplingMask::range || options.mask == CouplingMask::slots;
-    const std::int64_t first = parts.channel_parts ? part / parts.ranges : 0;
-    const std::int64_t last = parts.channel_parts ? first + 1 : channels;
-    for (std::int64_t c = first; c < last; ++c) {
+    if (parts.channel_parts) {
+        const bool over_channels =
+            options.mask == CouplingMask::range || options.mask == CouplingMask::slots;
+        const std::int64_t c = part / parts.ranges;
         if (!over_channels || slot_of(options, c) < 0) {
             copy_range(from, to, c * options.pixels + begin, c * options.pixels + end);
+        }
+        return;
+    }
+    // A part of all channels copies its share of those that pass, whole ones.
+    const std::int64_t passing = channels - options.count;
+    std::int64_t before = 0;
+    for (std::int64_t c = 0; c < channels; ++c) {
+        if (slot_of(options, c) < 0) {
+            if (before * parts.ranges / passing == part) {
+                copy_range(from, to, c * options.pixels, (c + 1) * options.pixels);
+            }
+            ++before;
         }
     }
 }
@@ -246,155 +240,6 @@ template <typename T>
 T* sample_of(const CouplingOutput& view, std::int64_t sample) {
     return view.data == nullptr ? nullptr : static_cast<T*>(view.data) + sample * view.batch_stride;
 }
-
-// A number for each element that is centred; what it holds is undefined at first.
-template <typename W>
-class Centred {
-  public:
-    explicit Centred(std::int64_t count) : values(new W[count]) {}
-    Centred(const Centred&) = delete;
-    Centred& operator=(const Centred&) = delete;
-    ~Centred() { delete[] values; }
-
-    W* const values;
-};
-
-// Reads the parameters of lines, and finds the means of their logarithms.
-template <typename T>
-class Reader {
-  public:
-    using W = Wide<T>;
-
-    Reader(const CouplingOptions& options, const CouplingView& shift, const CouplingView& raw_scale,
-           ParamsStrides grads)
-        : options(options),
-          parts(coupling_parts_cpu(options)),
-          constants(constants_of<W>(options)),
-          log_(log_line_of<W>(options)),
-          shift_(shift),
-          raw_scale_(raw_scale),
-          params_{shift.channel_stride, shift.pixel_stride},
-          grads_(grads) {}
-
-    template <typename Body>
-    void for_lines(std::int64_t part, Scratch<W>& scratch, const Body& body) const {
-        for_each_line(options, parts, params_, grads_, part, scratch.line, body);
-    }
-
-    const W* shift(std::int64_t sample, Scratch<W>& scratch) const {
-        return read_params(sample_of<T>(shift_, sample), scratch.line, scratch.shift);
-    }
-    // An additive coupling has no scale, and looks at none.
-    const W* raw_scale(std::int64_t sample, Scratch<W>& scratch) const {
-        if (raw_scale_.data == nullptr) {
-            return scratch.raw_scale;
-        }
-        return read_params(sample_of<T>(raw_scale_, sample), scratch.line, scratch.raw_scale);
-    }
-    const W* weight(Scratch<W>& scratch) const {
-        if (options.scale_weight != nullptr) {
-            read_slots(static_cast<const W*>(options.scale_weight), scratch.line, scratch.weight);
-        }
-        return scratch.weight;
-    }
-
-    // Where shift and raw scale of the next line are.
-    Ahead next_shift(std::int64_t sample, const Line& line) const {
-        return next_params(sample_of<T>(shift_, sample), line, line.runs[0].params,
-                           line.params_step);
-    }
-    Ahead next_raw_scale(std::int64_t sample, const Line& line) const {
-        return next_params(sample_of<T>(raw_scale_, sample), line, line.runs[0].params,
-                           line.params_step);
-    }
-
-    // The mean of each element of the line, of its pixel or of the whole sample.
-    const W* mean(Scratch<W>& scratch, W of_sample) const {
-        const Line& line = scratch.line;
-        if (options.center == CouplingCenter::sample) {
-            fill_run(of_sample, line.count, scratch.mean);
-        } else if (line.run_count == 1 && !line.along_channels) {
-            return scratch.pixel_mean + line.runs[0].pixel;
-        } else {
-            read_pixels(scratch.pixel_mean, line, scratch.mean);
-        }
-        return scratch.mean;
-    }
-
-    // Means over the transformed channels of each pixel of a part of what values(line) gives for a
-    // line, or returned the sum of all of it.
-    template <typename Values>
-    double sums(std::int64_t part, Scratch<W>& scratch, const Values& values) const {
-        const bool of_pixels = options.center == CouplingCenter::channel;
-        W found[kCouplingCentredPixels] = {};
-        double total = 0;
-        for_lines(part, scratch, [&](const Line& line) {
-            const W* terms = values(line);
-            if (of_pixels) {
-                add_to_pixels(terms, line, found);
-            } else {
-                W sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (std::int64_t i = 0; i < line.count; ++i) {
-                    sum += terms[i];
-                }
-                total += sum;
-            }
-        });
-        for (std::int64_t i = 0; of_pixels && i < kCouplingCentredPixels; ++i) {
-            scratch.pixel_mean[i] = found[i] / static_cast<W>(std::max(1, options.count));
-        }
-        return total;
-    }
-
-    // Their L, which goes to `logs`, line after line.
-    double log_sums(std::int64_t sample, std::int64_t part, Scratch<W>& scratch, W*& logs) const {
-        return sums(part, scratch, [&](const Line& line) {
-            W* found = logs;
-            log_(line.count, raw_scale(sample, scratch), weight(scratch),
-                 next_raw_scale(sample, line), constants, found);
-            logs += line.count;
-            return found;
-        });
-    }
-
-    // How many elements are centred by the same means, or at once.
-    std::int64_t centred_elements() const {
-        return options.count *
-               (options.center == CouplingCenter::channel ? parts.pixels : options.pixels);
-    }
-
-    // Calls body(sample, begin, end) for parts that are centred at once.
-    template <typename Body>
-    void for_centred_parts(const Body& body) const {
-        if (options.center == CouplingCenter::sample) {
-            parallel_for(options.batch, 1, [&](std::int64_t begin, std::int64_t end) {
-                for (std::int64_t sample = begin; sample < end; ++sample) {
-                    body(sample, 0, parts.count);
-                }
-            });
-        } else {
-            for_each_part(options, parts.count, [&](std::int64_t sample, std::int64_t part) {
-                body(sample, part, part + 1);
-            });
-        }
-    }
-
-    W mean_of(double total) const {
-        return static_cast<W>(total / (static_cast<double>(options.count) * options.pixels));
-    }
-
-    const CouplingOptions& options;
-    const CouplingParts parts;
-    const Constants<W> constants;
-
-  private:
-    void (*const log_)(std::int64_t, const W*, const W*, const Ahead&, const Constants<W>&, W*);
-    const CouplingView& shift_;
-    const CouplingView& raw_scale_;
-    const ParamsStrides params_;
-    const ParamsStrides grads_;
-};
 
 }  // namespace WARPLOOM_CPU_ISA
 }  // namespace warploom::coupling

@@ -112,6 +112,13 @@ inline Ahead next_line(const T* sample, const Line& line) {
                          line.x_step * static_cast<std::int64_t>(sizeof(T))}
                  : Ahead{};
 }
+template <typename T>
+inline Ahead this_line(const T* sample, const Line& line) {
+    const bool known = sample != nullptr && line.indices == nullptr && line.run_count == 1;
+    return known ? Ahead{reinterpret_cast<const char*>(sample + line.runs[0].x),
+                         static_cast<std::int64_t>(sizeof(T))}
+                 : Ahead{};
+}
 // `place`: of the first parameters of the line, or of their gradients.
 template <typename T>
 inline Ahead next_params(const T* sample, const Line& line, std::int64_t place, std::int64_t step) {
