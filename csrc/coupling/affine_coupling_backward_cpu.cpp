@@ -25,7 +25,7 @@ struct BackwardLine {
     W* grad_raw_scale;
     W* grad_weight;  // terms of it, of tanh
     W grad_log_det;
-    AheadAll<7> next;
+    Beside<7> beside;
 };
 
 // The gradient of L without that of log_det.
@@ -48,9 +48,9 @@ template <typename Scale, bool masked, bool add_first, bool from_output, typenam
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const W grad_log_det = values.grad_log_det;
     const Constants<W> c = constants;
-    const AheadAll<7> next = values.next;
+    const Beside<7> beside = values.beside;
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const LogScale<W> log = weighted_log<Scale>(u, weight, i, c);
@@ -79,9 +79,9 @@ template <bool add_first, bool from_output, typename W>
     W *centred = values.centred, *sums = values.sums;
     W *grad_x = values.grad_x, *grad_shift = values.grad_shift;
     const Constants<W> c = constants;
-    const AheadAll<7> next = values.next;
+    const Beside<7> beside = values.beside;
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W factor = exponential(c.log_sign * (centred[i] - mean[i]));
             const W upstream = grad_z[i];
@@ -103,9 +103,9 @@ template <typename Scale, typename W>
     const W *centred = values.centred, *mean = values.mean;
     W *grad_raw_scale = values.grad_raw_scale, *grad_weight = values.grad_weight;
     const Constants<W> c = constants;
-    const AheadAll<7> next = values.next;
+    const Beside<7> beside = values.beside;
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const W grad = centred[i] - mean[i];
@@ -155,11 +155,10 @@ class Backward {
 
     void run() const {
         if (options_.center == CouplingCenter::none) {
-            for_each_part(options_, reader_.parts.count,
-                          [&](std::int64_t sample, std::int64_t part) {
-                              Scratch<W> scratch;
-                              run_part(sample, part, scratch);
-                          });
+            for_each_part(options_, reader_.parts, [&](std::int64_t sample, std::int64_t part) {
+                Scratch<W> scratch;
+                run_part(sample, part, scratch);
+            });
         } else {
             reader_.for_centred_parts(
                 [&](std::int64_t sample, std::int64_t begin, std::int64_t end, Scratch<W>& scratch,
@@ -177,14 +176,13 @@ class Backward {
         W* at = centred;
         double total = 0;
         for (std::int64_t part = begin; part < end; ++part) {
-            total +=
-                reader_.log_sums(sample, part, sample_of<T>(params_.grad_z, sample), scratch, at);
+            total += reader_.log_sums(sample, part, sample_of<T>(params_.grad_z, sample),
+                                      write_passing(sample, part), scratch, at);
         }
         const W mean = reader_.mean_of(total);
         at = centred;
         total = 0;
         for (std::int64_t part = begin; part < end; ++part) {
-            write_passing(sample, part);
             total += reader_.sums(part, scratch, [&](const Line& line, W* sums) {
                 BackwardLine<W> values = read_upstream(sample, scratch);
                 values.centred = at;
@@ -213,22 +211,27 @@ class Backward {
     }
 
     void run_part(std::int64_t sample, std::int64_t part, Scratch<W>& scratch) const {
-        write_passing(sample, part);
+        Copy copy = write_passing(sample, part);
         W* partials = clear_partials(sample, part);
         reader_.for_lines(part, scratch, [&](const Line& line) {
             BackwardLine<W> values = read_upstream(sample, scratch);
             read_scale(sample, scratch, values);
+            values.beside.copy = copy.take(line.count);
             compute_(line.count, values, reader_.constants);
             write_upstream(sample, line, values);
             write_scale(sample, line, values, partials);
         });
+        copy.make();
     }
 
-    void write_passing(std::int64_t sample, std::int64_t part) const {
+    // Returns what of it is left to be copied beside the part's lines.
+    Copy write_passing(std::int64_t sample, std::int64_t part) const {
         const CouplingParts& parts = reader_.parts;
         const T* grad_z = sample_of<T>(params_.grad_z, sample);
+        Copy copy;
         if (!lines_write_all(options_) || (grad_z == nullptr && !is_masked(options_))) {
-            copy_passing(options_, parts, part, grad_z, sample_of<T>(params_.grad_x, sample));
+            copy =
+                copy_passing(options_, parts, part, grad_z, sample_of<T>(params_.grad_x, sample));
         }
         if (has_unused_params(options_)) {
             clear_params(options_, parts, grads_, part, sample_of<T>(params_.grad_shift, sample));
@@ -237,6 +240,7 @@ class Backward {
                 clear_params(options_, parts, grads_, part, grad_raw_scale);
             }
         }
+        return copy;
     }
 
     BackwardLine<W> read_upstream(std::int64_t sample, Scratch<W>& scratch) const {
@@ -249,9 +253,9 @@ class Backward {
             values.grad_z = read_line(grad_z, line, scratch.grad_z);
             values.source = read_line(source, line, scratch.x);
             values.shift = reader_.shift(sample, scratch);
-            values.next.of[0] = next_line(grad_z, line);
-            values.next.of[1] = next_line(source, line);
-            values.next.of[2] = reader_.next_shift(sample, line);
+            values.beside.next[0] = next_line(grad_z, line);
+            values.beside.next[1] = next_line(source, line);
+            values.beside.next[2] = reader_.next_shift(sample, line);
         } else {
             fill_run(W{0}, line.count, scratch.grad_z);
             values.grad_z = values.source = values.shift = scratch.grad_z;
@@ -262,8 +266,8 @@ class Backward {
         T* grad_shift = sample_of<T>(params_.grad_shift, sample);
         values.grad_x = line_target(grad_x, line, scratch.out[0]);
         values.grad_shift = params_target(grad_shift, line, scratch.out[1]);
-        values.next.of[3] = next_line<T>(grad_x, line);
-        values.next.of[4] = next_grads(grad_shift, line);
+        values.beside.next[3] = next_line<T>(grad_x, line);
+        values.beside.next[4] = next_grads(grad_shift, line);
         return values;
     }
 
@@ -274,8 +278,8 @@ class Backward {
         values.weight = reader_.weight(scratch);
         values.grad_raw_scale = params_target(grad_raw_scale, line, scratch.out[2]);
         values.grad_weight = scratch.grad_weight;
-        values.next.of[5] = reader_.next_raw_scale(sample, line);
-        values.next.of[6] = next_grads(grad_raw_scale, line);
+        values.beside.next[5] = reader_.next_raw_scale(sample, line);
+        values.beside.next[6] = next_grads(grad_raw_scale, line);
     }
 
     Ahead next_grads(const T* sample, const Line& line) const {

@@ -19,7 +19,7 @@ struct ForwardLine {
     const W* mean;              // where centred
     const std::uint8_t* moved;  // where masked: elements that do not pass
     W* z;
-    AheadAll<4> next;
+    Beside<4> beside;
 };
 
 // z of a line; returns the sum of L. Here and below, a copy of the constants tells the compiler
@@ -31,10 +31,10 @@ template <typename Scale, bool masked, bool add_first, typename W>
     const std::uint8_t* moved = line.moved;
     W* z = line.z;
     const Constants<W> c = constants;
-    const AheadAll<4> next = line.next;
+    const Beside<4> beside = line.beside;
     W sums[kBlockElements] = {};
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=, &sums](std::int64_t i, std::int64_t lane) __attribute__((always_inline)) {
             const W u = c.params_scale * raw_scale[i];
             const W t = c.shift_scale * shift[i];
@@ -55,9 +55,9 @@ template <bool add_first, typename W>
     const W *x = line.x, *shift = line.shift, *log_scale = line.log_scale, *mean = line.mean;
     W* z = line.z;
     const Constants<W> c = constants;
-    const AheadAll<4> next = line.next;
+    const Beside<4> beside = line.beside;
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W t = c.shift_scale * shift[i];
             const W factor = exponential(c.log_sign * (log_scale[i] - mean[i]));
@@ -86,14 +86,16 @@ void forward(const AffineCouplingParams& params) {
     W* partials = static_cast<W*>(params.partials);
     const bool copies = params.z.data != params.x.data && !lines_write_all(options);
 
+    const auto passing = [&](std::int64_t sample, std::int64_t part) {
+        return copies ? copy_passing(options, reader.parts, part, sample_of<T>(params.x, sample),
+                                     sample_of<T>(params.z, sample))
+                      : Copy{};
+    };
     // `logs`: where centred, L of the part's elements.
-    const auto run = [&](std::int64_t sample, std::int64_t part, Scratch<W>& scratch, W mean,
-                         const W*& logs) {
+    const auto run = [&](std::int64_t sample, std::int64_t part, Copy copy, Scratch<W>& scratch,
+                         W mean, const W*& logs) {
         const T* x = sample_of<T>(params.x, sample);
         T* z = sample_of<T>(params.z, sample);
-        if (copies) {
-            copy_passing(options, reader.parts, part, x, z);
-        }
         double sum = 0;
         reader.for_lines(part, scratch, [&](const Line& line) {
             ForwardLine<W> values{};
@@ -101,9 +103,10 @@ void forward(const AffineCouplingParams& params) {
             values.shift = reader.shift(sample, scratch);
             values.moved = line.moved;
             values.z = line_target(z, line, scratch.out[0]);
-            values.next.of[0] = next_line<T>(x, line);
-            values.next.of[1] = next_line<T>(z, line);
-            values.next.of[2] = reader.next_shift(sample, line);
+            values.beside.next[0] = next_line<T>(x, line);
+            values.beside.next[1] = next_line<T>(z, line);
+            values.beside.next[2] = reader.next_shift(sample, line);
+            values.beside.copy = copy.take(line.count);
             if (logs != nullptr) {
                 values.log_scale = logs;
                 values.mean = reader.mean(scratch, mean);
@@ -111,19 +114,20 @@ void forward(const AffineCouplingParams& params) {
             } else {
                 values.raw_scale = reader.raw_scale(sample, scratch);
                 values.weight = reader.weight(scratch);
-                values.next.of[3] = reader.next_raw_scale(sample, line);
+                values.beside.next[3] = reader.next_raw_scale(sample, line);
             }
             sum += compute(line.count, values, reader.constants);
             write_line(values.z, line, z, x);
         });
+        copy.make();
         partials[sample * count + part] = static_cast<W>(sum);
     };
 
     if (options.center == CouplingCenter::none) {
-        for_each_part(options, count, [&](std::int64_t sample, std::int64_t part) {
+        for_each_part(options, reader.parts, [&](std::int64_t sample, std::int64_t part) {
             Scratch<W> scratch;
             const W* logs = nullptr;
-            run(sample, part, scratch, W{0}, logs);
+            run(sample, part, passing(sample, part), scratch, W{0}, logs);
         });
     } else {
         reader.for_centred_parts([&](std::int64_t sample, std::int64_t begin, std::int64_t end,
@@ -131,22 +135,24 @@ void forward(const AffineCouplingParams& params) {
             W* found = centred;
             double total = 0;
             for (std::int64_t part = begin; part < end; ++part) {
-                total +=
-                    reader.log_sums(sample, part, sample_of<T>(params.x, sample), scratch, found);
+                total += reader.log_sums(sample, part, sample_of<T>(params.x, sample),
+                                         passing(sample, part), scratch, found);
             }
             const W* logs = centred;
             for (std::int64_t part = begin; part < end; ++part) {
-                run(sample, part, scratch, reader.mean_of(total), logs);
+                run(sample, part, Copy{}, scratch, reader.mean_of(total), logs);
             }
         });
     }
 
+    // A centred coupling has a log_det of 0.
+    const PartRange summed =
+        options.center == CouplingCenter::none ? run_parts(options, reader.parts) : PartRange{0, 0};
     const W* log_det_in = static_cast<const W*>(params.log_det_in);
     W* log_det = static_cast<W*>(params.log_det);
     for (std::int64_t sample = 0; sample < options.batch; ++sample) {
         double total = 0;
-        for (std::int64_t part = 0; part < count && options.center == CouplingCenter::none;
-             ++part) {
+        for (std::int64_t part = summed.begin; part < summed.end; ++part) {
             total += partials[sample * count + part];
         }
         total *= options.log_sign;

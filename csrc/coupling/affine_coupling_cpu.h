@@ -12,6 +12,7 @@
 #include "common/parallel.h"
 #include "coupling/line_access_cpu.h"
 #include "coupling/lines_cpu.h"
+#include "coupling/passing_cpu.h"
 #include "coupling/scale_cpu.h"
 
 namespace warploom::coupling {
@@ -67,9 +68,6 @@ template <typename Scale, typename W>
     return log;
 }
 
-// Elements between two requests for data of the next line.
-constexpr std::int64_t kBlockElements = 32;
-
 // Calls body(i, lane), lane < kBlockElements, for the elements of a line, and before some of them
 // prepare(first): asking for what is needed a line later, it keeps the memory busy while a line is
 // computed. A loop is vectorised only with every call in line and without a branch.
@@ -95,14 +93,22 @@ template <typename Prepare, typename Body>
     __builtin_prefetch(ahead.first + first * ahead.step, 0, 3);
     __builtin_prefetch(ahead.first + (first + kBlockElements / 2) * ahead.step, 0, 3);
 }
+
+// What is done beside a line: the data of the next one are asked for, some of what passes is
+// copied.
 template <int count>
-struct AheadAll {
-    Ahead of[count];
+struct Beside {
+    Ahead next[count];
+    Copy copy;
 };
 template <int count>
-[[gnu::always_inline]] inline void ask_for_all(const AheadAll<count>& next, std::int64_t first) {
-    for (const Ahead& ahead : next.of) {
+[[gnu::always_inline]] inline void do_beside(const Beside<count>& beside, std::int64_t first) {
+    for (const Ahead& ahead : beside.next) {
         ask_for(ahead, first);
+    }
+    const std::int64_t at = first / kBlockElements * kCopyBytes;
+    if (at < beside.copy.bytes) {
+        beside.copy.make_block(at);
     }
 }
 
@@ -141,65 +147,6 @@ struct alignas(64) Scratch {
     Line line;
 };
 
-// Elements of part `part` of a sample that pass, or where some of a range are transformed all of
-// it: `to` = `from`, or 0 where that is null.
-template <typename T>
-void copy_range(const T* from, T* to, std::int64_t begin, std::int64_t end) {
-    if (from == nullptr) {
-        __builtin_memset(to + begin, 0, (end - begin) * sizeof(T));
-        return;
-    }
-    constexpr std::int64_t kAhead = 2048 / sizeof(T);
-    std::int64_t first = begin;
-    for (; first + kBlockElements <= end; first += kBlockElements) {
-        prefetch(from + first + kAhead, kBlockElements);
-        prefetch(to + first + kAhead, kBlockElements);
-        __builtin_memcpy(to + first, from + first, kBlockElements * sizeof(T));
-    }
-    __builtin_memcpy(to + first, from + first, (end - first) * sizeof(T));
-}
-
-template <typename T>
-void copy_passing(const CouplingOptions& options, const CouplingParts& parts, std::int64_t part,
-                  const T* from, T* to) {
-    const std::int64_t range = parts.channel_parts ? part % parts.ranges : part;
-    const std::int64_t begin = range * parts.pixels;
-    const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
-    const std::int64_t channels = options.channels;
-    if (options.channels_last) {
-        if (options.mask != CouplingMask::range) {
-            copy_range(from, to, begin * channels, end * channels);
-            return;
-        }
-        const std::int64_t after = options.first + options.count;
-        for (std::int64_t pixel = begin; pixel < end; ++pixel) {
-            copy_range(from, to, pixel * channels, pixel * channels + options.first);
-            copy_range(from, to, pixel * channels + after, (pixel + 1) * channels);
-        }
-        return;
-    }
-    if (parts.channel_parts) {
-        const bool over_channels =
-            options.mask == CouplingMask::range || options.mask == CouplingMask::slots;
-        const std::int64_t c = part / parts.ranges;
-        if (!over_channels || slot_of(options, c) < 0) {
-            copy_range(from, to, c * options.pixels + begin, c * options.pixels + end);
-        }
-        return;
-    }
-    // A part of all channels copies its share of those that pass, whole ones.
-    const std::int64_t passing = channels - options.count;
-    std::int64_t before = 0;
-    for (std::int64_t c = 0; c < channels; ++c) {
-        if (slot_of(options, c) < 0) {
-            if (before * parts.ranges / passing == part) {
-                copy_range(from, to, c * options.pixels, (c + 1) * options.pixels);
-            }
-            ++before;
-        }
-    }
-}
-
 // Gradients of parameters at the pixels of a part, some of which pass; channels are innermost.
 template <typename T>
 void clear_params(const CouplingOptions& options, const CouplingParts& parts, ParamsStrides strides,
@@ -220,13 +167,14 @@ inline std::int64_t grain_of(const CouplingOptions& options, std::int64_t count)
     return std::max<std::int64_t>(1, kCouplingPartElements / std::max<std::int64_t>(1, elements));
 }
 
-// Calls body(sample, part) for every part on all threads.
+// Calls body(sample, part) for every part that is run, on all threads.
 template <typename Body>
-void for_each_part(const CouplingOptions& options, std::int64_t count, Body body) {
-    parallel_for(options.batch * count, grain_of(options, count),
+void for_each_part(const CouplingOptions& options, const CouplingParts& parts, Body body) {
+    const PartRange run = run_parts(options, parts);
+    parallel_for(options.batch * run.count(), grain_of(options, run.count()),
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t item = begin; item < end; ++item) {
-                         body(item / count, item % count);
+                         body(item / run.count(), run.begin + item % run.count());
                      }
                  });
 }

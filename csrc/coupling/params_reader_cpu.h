@@ -13,12 +13,12 @@ namespace WARPLOOM_CPU_ISA {
 // L of a line, which is added to `sums`, too.
 template <typename Scale, typename W>
 [[gnu::flatten]] void log_line(std::int64_t count, const W* raw_scale, const W* weight,
-                               const AheadAll<2>& ahead, const Constants<W>& constants,
+                               const Beside<2>& besides, const Constants<W>& constants,
                                W* log_scale, W* sums) {
     const Constants<W> c = constants;
-    const AheadAll<2> next = ahead;
+    const Beside<2> beside = besides;
     for_each_in_line(
-        count, [=](std::int64_t first) __attribute__((always_inline)) { ask_for_all(next, first); },
+        count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
             const W found = weighted_log<Scale>(c.params_scale * raw_scale[i], weight, i, c).value;
             log_scale[i] = found;
@@ -135,18 +135,20 @@ class Reader {
     }
 
     // Their L, which goes to `logs`, line after line. The elements of `after`, which are needed
-    // next, are asked for where the caches hold them until then.
-    double log_sums(std::int64_t sample, std::int64_t part, const T* after, Scratch<W>& scratch,
-                    W*& logs) const {
+    // next, are asked for where the caches hold them until then; `copy` is made beside.
+    double log_sums(std::int64_t sample, std::int64_t part, const T* after, Copy copy,
+                    Scratch<W>& scratch, W*& logs) const {
         const T* soon = options.center == CouplingCenter::channel ? after : nullptr;
-        return sums(part, scratch, [&](const Line& line, W* sums_of_line) {
+        const double total = sums(part, scratch, [&](const Line& line, W* sums_of_line) {
             W* found = logs;
             log_(line.count, raw_scale(sample, scratch), weight(scratch),
-                 {{next_raw_scale(sample, line), this_line(soon, line)}}, constants, found,
-                 sums_of_line);
+                 {{next_raw_scale(sample, line), this_line(soon, line)}, copy.take(line.count)},
+                 constants, found, sums_of_line);
             logs += line.count;
             return found;
         });
+        copy.make();
+        return total;
     }
 
     // How many elements are centred by the same means, or at once.
@@ -159,14 +161,15 @@ class Reader {
     // for their L.
     template <typename Body>
     void for_centred_parts(const Body& body) const {
-        const std::int64_t at_once = options.center == CouplingCenter::sample ? parts.count : 1;
-        const std::int64_t count = parts.count / at_once;
+        const PartRange run = run_parts(options, parts);
+        const std::int64_t at_once = options.center == CouplingCenter::sample ? run.count() : 1;
+        const std::int64_t count = run.count() / at_once;
         parallel_for(options.batch * count, grain_of(options, count),
                      [&](std::int64_t begin, std::int64_t end) {
                          Scratch<W> scratch;
                          const Centred<W> centred(centred_elements());
                          for (std::int64_t item = begin; item < end; ++item) {
-                             const std::int64_t first = item % count * at_once;
+                             const std::int64_t first = run.begin + item % count * at_once;
                              body(item / count, first, first + at_once, scratch, centred.values);
                          }
                      });
@@ -181,8 +184,8 @@ class Reader {
     const Constants<W> constants;
 
   private:
-    void (*const log_)(std::int64_t, const W*, const W*, const AheadAll<2>&, const Constants<W>&,
-                       W*, W*);
+    void (*const log_)(std::int64_t, const W*, const W*, const Beside<2>&, const Constants<W>&, W*,
+                       W*);
     const CouplingView& shift_;
     const CouplingView& raw_scale_;
     const ParamsStrides params_;
