@@ -7,6 +7,8 @@
 #include <type_traits>
 
 #include "common/cpu_float.h"
+#include "common/cpu_loops.h"
+#include "coupling/between_cpu.h"
 #include "coupling/lines_cpu.h"
 
 namespace warploom::coupling {
@@ -29,19 +31,6 @@ inline void read_run(const T* from, std::int64_t step, std::int64_t length, W* t
     }
 }
 
-// A run of every other element, the first one's place in a row of pairs being `odd`: all of the row
-// is read, so that whole vectors are.
-template <typename T, typename W>
-inline void read_between(const T* from, bool odd, std::int64_t length, W* to) {
-    const T* row = from - (odd ? 1 : 0);
-#pragma omp simd
-    for (std::int64_t i = 0; i < length; ++i) {
-        const W even_value = static_cast<W>(widen(row[2 * i]));
-        const W odd_value = static_cast<W>(widen(row[2 * i + 1]));
-        to[i] = odd ? odd_value : even_value;
-    }
-}
-
 template <typename T, typename W>
 inline void read_indexed(const T* from, const std::int32_t* indices, std::int64_t step,
                          std::int64_t length, W* to) {
@@ -55,25 +44,6 @@ inline void write_run(const W* from, std::int64_t length, T* to) {
 #pragma omp simd
     for (std::int64_t i = 0; i < length; ++i) {
         to[i] = narrow<T>(from[i]);
-    }
-}
-
-// A run of every other element, and between them what `passing` has there: whole vectors are
-// written. The first element's place in a row of pairs is `odd`.
-template <typename T, typename W>
-inline void write_between(const W* from, const T* passing, bool odd, std::int64_t length, T* to) {
-    if (odd) {
-#pragma omp simd
-        for (std::int64_t i = 0; i < length; ++i) {
-            to[2 * i - 1] = passing[2 * i - 1];
-            to[2 * i] = narrow<T>(from[i]);
-        }
-    } else {
-#pragma omp simd
-        for (std::int64_t i = 0; i < length; ++i) {
-            to[2 * i] = narrow<T>(from[i]);
-            to[2 * i + 1] = passing[2 * i + 1];
-        }
     }
 }
 
@@ -96,21 +66,32 @@ inline bool is_run_of_params(const Line& line, std::int64_t step) {
     return std::is_same_v<T, W> && (line.run_count == 1 || line.joined_params) && step == 1;
 }
 
-// Where the next line likely has its elements, so that they can be asked for.
+// Where the next line likely has its elements, so that they can be asked for. Those of a packed
+// checkerboard are asked for where they are moved.
 inline constexpr char kNowhere = 0;
 struct Ahead {
     const char* first = &kNowhere;
     std::int64_t step = 0;  // bytes from an element to the next
 };
 
+// After a line whose runs begin `span` apart from the first to the last one: as far apart as the
+// line's elements are on average, `gap` beyond its end.
+template <typename T>
+inline Ahead after_line(const T* first, const Line& line, std::int64_t span, std::int64_t step,
+                        std::int64_t gap) {
+    const auto size = static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t before = line.count - line.runs[line.run_count - 1].length;
+    const std::int64_t bytes = before == 0 ? step * size : span * size / before;
+    return {reinterpret_cast<const char*>(first + gap) + bytes * line.count, bytes};
+}
 template <typename T>
 inline Ahead next_line(const T* sample, const Line& line) {
-    const bool known =
-        sample != nullptr && line.indices == nullptr && (line.run_count == 1 || line.joined_params);
-    const std::int64_t at = line.runs[0].x + line.x_step * line.count + line.runs[0].x_gap;
-    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
-                         line.x_step * static_cast<std::int64_t>(sizeof(T))}
-                 : Ahead{};
+    if (sample == nullptr || line.x_step != 1) {
+        return {};
+    }
+    const Run& run = line.runs[0];
+    return after_line(sample + run.x, line, line.runs[line.run_count - 1].x - run.x, line.x_step,
+                      run.x_gap);
 }
 template <typename T>
 inline Ahead this_line(const T* sample, const Line& line) {
@@ -119,15 +100,15 @@ inline Ahead this_line(const T* sample, const Line& line) {
                          static_cast<std::int64_t>(sizeof(T))}
                  : Ahead{};
 }
-// `place`: of the first parameters of the line, or of their gradients.
+// `place`: of the first parameters of the line, or of their gradients, which lie like them.
 template <typename T>
 inline Ahead next_params(const T* sample, const Line& line, std::int64_t place, std::int64_t step) {
-    const bool known =
-        sample != nullptr && step == 1 && (line.run_count == 1 || line.joined_params);
-    const std::int64_t at = place + line.count + line.runs[0].params_gap;
-    return known ? Ahead{reinterpret_cast<const char*>(sample + at),
-                         static_cast<std::int64_t>(sizeof(T))}
-                 : Ahead{};
+    if (sample == nullptr) {
+        return {};
+    }
+    const Run& run = line.runs[0];
+    return after_line(sample + place, line, line.runs[line.run_count - 1].params - run.params, step,
+                      run.params_gap);
 }
 
 // The elements of a line of a sample of x, in `buffer` [kLine] or where they are.
@@ -146,6 +127,7 @@ inline const W* read_line(const T* sample, const Line& line, W* buffer) {
         } else if (line.x_step == 1) {
             read_run(sample + run.x, 1, run.length, to);
         } else {
+            prefetch(sample + run.x + 2 * kLine, 2 * run.length);
             read_between(sample + run.x, (run.x & 1) != 0, run.length, to);
         }
         to += run.length;
@@ -207,12 +189,15 @@ inline void write_line(const W* from, const Line& line, T* sample, const T* pass
         } else if (line.x_step == 1) {
             write_run(from, run.length, sample + run.x);
         } else {
+            prefetch(sample + run.x + 2 * kLine, 2 * run.length);
             write_between(from, passing + run.x, (run.x & 1) != 0, run.length, sample + run.x);
         }
         from += run.length;
     }
 }
 
+// Interleaved parameters lie in pairs, the first of them at an even place: what a pair has of the
+// others is kept.
 template <typename T, typename W>
 inline void write_params(const W* from, const Line& line, T* sample) {
     if (is_run_of_params<T, W>(line, line.grads_step)) {
@@ -228,9 +213,8 @@ inline void write_params(const W* from, const Line& line, T* sample) {
         if (line.grads_step == 1) {
             write_run(from, run.length, to);
         } else {
-            for (std::int64_t i = 0; i < run.length; ++i) {
-                to[2 * i] = narrow<T>(from[i]);
-            }
+            const bool odd = reinterpret_cast<std::uintptr_t>(to) / sizeof(T) % 2 != 0;
+            write_between(from, to, odd, run.length, to);
         }
         from += run.length;
     }

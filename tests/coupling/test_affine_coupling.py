@@ -156,21 +156,33 @@ def test_free_mask(backend, shape, memory):
 @pytest.mark.parametrize(
     "memory", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
 )
-def test_packed_checkerboard(backend, mask, layout, memory):
-    x = normal(2, 3, 5, 6).contiguous(memory_format=memory)
-    full = normal(2, 6, 5, 6)
-    moved = plain.coupling_mask(mask, x)[:1].expand(6, 5, 6)
-    packed = full[:, moved].view(2, 6, 5, 3).contiguous(memory_format=memory)
+@pytest.mark.parametrize("width", [6, 70], ids=["narrow", "vectors_and_a_rest"])
+def test_packed_checkerboard(backend, mask, layout, memory, width):
+    x = normal(2, 3, 5, width).contiguous(memory_format=memory)
+    full = normal(2, 6, 5, width)
+    moved = plain.coupling_mask(mask, x)[:1].expand(6, 5, width)
+    packed = full[:, moved].view(2, 6, 5, width // 2).contiguous(memory_format=memory)
     options = {"mask": mask, "layout": layout, "scale": "sigmoid", "backend": backend}
     leaves = [tensor.requires_grad_() for tensor in (x, full, packed)]
     outputs = [affine_coupling(leaves[0], params, **options) for params in leaves[1:]]
-    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    torch.testing.assert_close(outputs[0][1], outputs[1][1])  # sums in another order
     grads = []
     for params, (z, log_det) in zip(leaves[1:], outputs):
         grads.append(torch.autograd.grad((z * z).sum() + log_det.sum(), (x, params)))
     assert torch.equal(grads[0][0], grads[1][0])
     assert torch.equal(grads[0][1][:, moved].view(packed.shape), grads[1][1])
     assert not grads[0][1][:, ~moved].any()
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["shift_scale", "interleaved"])
+@pytest.mark.parametrize("mask", ["channel", "channel_inverse", 5])
+def test_channels_last_with_pixels_of_vectors(backend, layout, mask):
+    x = normal(2, 75, 3, 5).contiguous(memory_format=torch.channels_last)
+    count = {"channel": 37, "channel_inverse": 38, 5: 70}[mask]
+    params = normal(2, 2 * count, 3, 5).contiguous(memory_format=torch.channels_last)
+    check(x, params, backend=backend, mask=mask, layout=layout, scale="atan")
 
 
 @every_backend
