@@ -176,9 +176,32 @@ inline W* params_target(T* sample, const Line& line, W* buffer) {
     return buffer;
 }
 
-// `passing`: where what lies between the elements of a packed checkerboard is found.
+// What passes of the pixel whose first transformed element is at `place`. The same of the next line
+// is asked for.
+template <typename T>
+inline void write_passing(const CouplingOptions& options, std::int64_t place, const T* passing,
+                          T* sample) {
+    const std::int64_t pixel = place - options.first;
+    const std::int64_t after = place + options.count;
+    prefetch(passing + pixel + 2 * kLine, options.channels);
+    prefetch(sample + pixel + 2 * kLine, options.channels);
+    if (passing != sample) {
+        __builtin_memcpy(sample + pixel, passing + pixel, options.first * sizeof(T));
+        __builtin_memcpy(sample + after, passing + after,
+                         (pixel + options.channels - after) * sizeof(T));
+    }
+}
+
+// `passing`: where what passes is found that is written with a line.
 template <typename T, typename W>
 inline void write_line(const W* from, const Line& line, T* sample, const T* passing) {
+    if (line.whole_pixels != nullptr) {
+        for (std::int64_t r = 0; r < line.run_count; ++r) {
+            if (line.runs[r].slot == 0) {
+                write_passing(*line.whole_pixels, line.runs[r].x, passing, sample);
+            }
+        }
+    }
     if (is_run<T, W>(line)) {
         return;
     }

@@ -33,6 +33,8 @@ struct Line {
     const std::int32_t* indices;  // null, or element i of a run of x is at x + indices[index + i]
     bool masked;                  // passing elements are in it, too: `moved` tells
     bool joined_params;           // the runs have their parameters one behind the other
+    // Null, or a pixel's first run stands for all of it: what passes of it is written then.
+    const CouplingOptions* whole_pixels;
     std::uint8_t moved[kLine];
     bool along_channels;  // a run has one pixel and many channels, else the reverse
     std::int64_t x_step;
@@ -51,9 +53,14 @@ inline bool is_masked(const CouplingOptions& options) {
            (options.mask == CouplingMask::checkerboard && !options.channels_last);
 }
 
+// Whether lines are of pixels of which some channels pass, a range of them not.
+inline bool has_whole_pixels(const CouplingOptions& options) {
+    return options.channels_last && options.mask == CouplingMask::range && options.count > 0;
+}
+
 // Whether what passes is written with the lines.
 inline bool lines_write_all(const CouplingOptions& options) {
-    return is_masked(options) ||
+    return is_masked(options) || has_whole_pixels(options) ||
            (options.mask == CouplingMask::checkerboard_packed && !options.channels_last);
 }
 
@@ -217,6 +224,7 @@ void for_each_line(const CouplingOptions& options, const CouplingParts& parts, P
     line.joined_params =
         options.mask == CouplingMask::checkerboard_packed && !options.channels_last;
     line.indices = options.channels_last ? options.slot_channels : nullptr;
+    line.whole_pixels = has_whole_pixels(options) ? &options : nullptr;
     line.x_step = line.joined_params ? 2 : 1;
     line.params_step = options.channels_last ? params.channel : 1;
     line.grads_step = options.channels_last ? grads.channel : 1;

@@ -89,17 +89,8 @@ Copy copy_passing(const CouplingOptions& options, const CouplingParts& parts, st
     const std::int64_t begin = range * parts.pixels;
     const std::int64_t end = std::min(options.pixels, begin + parts.pixels);
     const std::int64_t channels = options.channels;
-    if (options.channels_last) {
-        if (options.mask != CouplingMask::range) {
-            copy_of(from, to, begin * channels, end * channels).make();
-            return {};
-        }
-        const std::int64_t after = options.first + options.count;
-        for (std::int64_t pixel = begin; pixel < end; ++pixel) {
-            const std::int64_t x = pixel * channels;
-            copy_of(from, to, x, x + options.first).make();
-            copy_of(from, to, x + after, x + channels).make();
-        }
+    if (options.channels_last) {  // of a range lines write what is transformed over it
+        copy_of(from, to, begin * channels, end * channels).make();
         return {};
     }
     if (options.mask == CouplingMask::range) {  // a share of the channels before and after
