@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -17,10 +16,3 @@ def check_whole_numbers(recipe: str, config: Any) -> None:
         least = 0 if field.name in _FROM_ZERO else 1
         if type(value) is int and value < least:
             raise ValueError(f"{recipe}: {field.name}: expected at least {least}, got {value}")
-
-
-def check_choice(recipe: str, config: Any, name: str, choices: Collection[str]) -> None:
-    """ValueError where the field ``name`` of ``config`` is none of ``choices``."""
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{recipe}: {name}: expected one of {', '.join(choices)}, got {value!r}")

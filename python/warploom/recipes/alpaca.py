@@ -23,9 +23,10 @@ from torch import Tensor
 
 from warploom.lora import save_adapter
 from warploom.models.directory import replace_directory
+from warploom.ops._check import check_choice
 from warploom.recipes import _processes as processes
 from warploom.recipes import instruction_data as data
-from warploom.recipes._config import check_choice, check_whole_numbers
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._fine_tune_models import DTYPES, METHODS, build_model, whole_model
 from warploom.recipes._tokenizer_files import copy_tokenizer
 from warploom.recipes._training_run import TrainingRun, parameter_groups, warmup_cosine
@@ -76,9 +77,11 @@ class FineTuneConfig:
 
     def __post_init__(self) -> None:
         check_whole_numbers("sft", self)
-        check_choice("sft", self, "method", METHODS)
-        check_choice("sft", self, "dtype", DTYPES)
-        check_choice("sft", self, "quantization", [name for name in FORMATS if name != "dense"])
+        check_choice("sft", "method", self.method, METHODS)
+        check_choice("sft", "dtype", self.dtype, DTYPES)
+        check_choice(
+            "sft", "quantization", self.quantization, [name for name in FORMATS if name != "dense"]
+        )
         if self.epochs <= 0 or not 0 <= self.warmup_ratio < 1:
             raise ValueError(
                 "sft: epochs, warmup_ratio: expected more than 0 and a share in [0, 1), got "

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from warploom.models.flows import FLOWS, Flow, make_flow, save_flow
-from warploom.recipes._config import check_choice, check_whole_numbers
+from warploom.ops._check import check_choice
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._extras import make_console
 from warploom.recipes._flow_data import DATA, DIGIT_LEVELS, load_data
 from warploom.recipes._flow_pictures import draw_images, interpolations
@@ -65,8 +66,8 @@ class FlowRunConfig:
 
     def __post_init__(self) -> None:
         check_whole_numbers("flow", self)
-        check_choice("flow", self, "model", FLOWS)
-        check_choice("flow", self, "data", DATA)
+        check_choice("flow", "model", self.model, FLOWS)
+        check_choice("flow", "data", self.data, DATA)
         if not self.is_image and self.model not in _TABLES:
             raise ValueError(f"flow: model: expected one of {', '.join(_TABLES)} for a table")
         if self.conditional and self.data == "diabetes":

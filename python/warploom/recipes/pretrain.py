@@ -20,8 +20,9 @@ from torch import Tensor
 
 from warploom.models.causal_lm import CausalLanguageModel
 from warploom.models.directory import replace_directory
+from warploom.ops._check import check_choice
 from warploom.recipes import text_corpus
-from warploom.recipes._config import check_choice, check_whole_numbers
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._pretrain_models import ARCHITECTURES, build_model
 from warploom.recipes._processes import choose_device
 from warploom.recipes._training_run import TrainingRun, parameter_groups, warmup_cosine
@@ -74,7 +75,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_whole_numbers("pretrain", self)
-        check_choice("pretrain", self, "architecture", ARCHITECTURES)
+        check_choice("pretrain", "architecture", self.architecture, ARCHITECTURES)
 
 
 def learning_rate_at(config: PretrainConfig, step: int) -> float:

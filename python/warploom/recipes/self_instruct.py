@@ -23,8 +23,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from warploom.models.auto import load_model
+from warploom.ops._check import check_choice
 from warploom.recipes import _task_text as texts
-from warploom.recipes._config import check_choice, check_whole_numbers
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._progress import progress_bar
 from warploom.recipes._rouge import InstructionPool
 from warploom.recipes._task_text import Task
@@ -69,7 +70,7 @@ class SelfInstructConfig:
     seed: Annotated[int, "Seed of the examples and of the sampling."] = 0
 
     def __post_init__(self) -> None:
-        check_choice("self-instruct", self, "style", STYLES)
+        check_choice("self-instruct", "style", self.style, STYLES)
         check_whole_numbers("self-instruct", self)
 
 

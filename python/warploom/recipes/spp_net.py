@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from warploom.recipes._config import check_choice, check_whole_numbers
+from warploom.ops._check import check_choice
+from warploom.recipes._config import check_whole_numbers
 from warploom.recipes._extras import require
 from warploom.recipes._processes import choose_device
 from warploom.recipes._progress import progress_bar
@@ -50,7 +51,7 @@ class SPPNetConfig:
     device: Annotated[str, "cpu, cuda, or auto: cuda where there is one."] = "auto"
 
     def __post_init__(self) -> None:
-        check_choice("spp-net", self, "task", TASKS)
+        check_choice("spp-net", "task", self.task, TASKS)
         check_whole_numbers("spp-net", self)
         sides(self.sizes, "sizes")
         if self.unseen_sizes:
