@@ -121,14 +121,15 @@ class Reader {
         const bool in_lines = of_pixels && !options.channels_last;
         alignas(64) W of_pixel[kCouplingCentredPixels];
         alignas(64) W of_place[kLine] = {};
-        fill_run(W{0}, of_pixels ? kCouplingCentredPixels : 0, of_pixel);
+        const std::int64_t pixels = of_pixels ? std::min(parts.pixels, options.pixels) : 0;
+        fill_run(W{0}, pixels, of_pixel);
         for_lines(part, scratch, [&](const Line& line) {
             const W* terms = values(line, in_lines ? of_pixel + line.runs[0].pixel : of_place);
             if (of_pixels && !in_lines) {
                 add_to_pixels(terms, line, of_pixel);
             }
         });
-        for (std::int64_t i = 0; of_pixels && i < kCouplingCentredPixels; ++i) {
+        for (std::int64_t i = 0; i < pixels; ++i) {
             scratch.pixel_mean[i] = of_pixel[i] / static_cast<W>(std::max(1, options.count));
         }
         return sum_of_lanes(of_place);
