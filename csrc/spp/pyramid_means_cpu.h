@@ -19,43 +19,62 @@ namespace WARPLOOM_CPU_ISA {
 // Neighbouring channels that are written one after the other.
 constexpr int kRun = 256;
 
+// What each pixel of a bin's window gets of it: share[lane].
+template <typename T, typename Lanes, typename W = Wide<T>>
+inline void share_bin(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int place,
+                      int bin, std::int64_t channel, Lanes lanes, W* share) {
+    const PyramidLevel& level = params.levels[place];
+    const LevelPlace& first = grid.places[place];
+    const W area = static_cast<W>(grid.rows.windows[first.row + bin / level.columns].span) *
+                   static_cast<W>(grid.columns.windows[first.column + bin % level.columns].span);
+    const T* from = static_cast<const T*>(params.grad_out) + grid.index * params.out_stride +
+                    level.offset + channel * level.channel_stride + bin;
+    for (int lane = 0; lane < lanes; ++lane) {
+        share[lane] = widen(from[lane * level.channel_stride]);
+    }
+#pragma omp simd
+    for (int lane = 0; lane < lanes; ++lane) {
+        share[lane] /= area;
+    }
+}
+
 // What each pixel of a band of rows gets of all bins, in their order: shares[cell][lane].
-template <typename T, int kLanes, typename Lanes, typename W = Wide<T>>
-inline void share_band(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
-                       std::int64_t channel, Lanes lanes, W (*shares)[kLanes]) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + grid.index * params.out_stride;
+// share_of(place, bin) is a bin's share.
+template <int kLanes, typename Lanes, typename ShareOf, typename W>
+inline void add_shares(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
+                       Lanes lanes, ShareOf share_of, W (*shares)[kLanes]) {
     for (int cell = 0; cell + 1 < grid.columns.cut_count; ++cell) {
         std::fill_n(shares[cell], lanes, W{0});
     }
     for (int place = 0; place < params.level_count; ++place) {
         const PyramidLevel& level = params.levels[place];
         const LevelPlace& first = grid.places[place];
-        for (int bin = 0; bin < level.rows * level.columns; ++bin) {
-            const int row = first.row + bin / level.columns;
-            const int column = first.column + bin % level.columns;
-            if (!covers(grid.rows, row, band)) {
-                continue;
-            }
-            const W area = static_cast<W>(grid.rows.windows[row].span) *
-                           static_cast<W>(grid.columns.windows[column].span);
-            const T* from = grad_out + level.offset + channel * level.channel_stride + bin;
-            W share[kLanes];
-            for (int lane = 0; lane < lanes; ++lane) {
-                share[lane] = widen(from[lane * level.channel_stride]);
-            }
+        for (int row = 0; row < level.rows; ++row) {
+            for (int column = 0; covers(grid.rows, first.row + row, band) && column < level.columns;
+                 ++column) {
+                const W* const share = share_of(place, row * level.columns + column);
+                for (int cell = grid.columns.first_band[first.column + column];
+                     cell < grid.columns.last_band[first.column + column]; ++cell) {
 #pragma omp simd
-            for (int lane = 0; lane < lanes; ++lane) {
-                share[lane] /= area;
-            }
-            for (int cell = grid.columns.first_band[column]; cell < grid.columns.last_band[column];
-                 ++cell) {
-#pragma omp simd
-                for (int lane = 0; lane < lanes; ++lane) {
-                    shares[cell][lane] += share[lane];
+                    for (int lane = 0; lane < lanes; ++lane) {
+                        shares[cell][lane] += share[lane];
+                    }
                 }
             }
         }
     }
+}
+
+// The same, each share made where it is added.
+template <typename T, int kLanes, typename Lanes, typename W = Wide<T>>
+inline void share_band(const SpatialPyramidPoolBackwardParams& params, const Grid& grid, int band,
+                       std::int64_t channel, Lanes lanes, W (*shares)[kLanes]) {
+    W share[kLanes];
+    const auto share_of = [&](int place, int bin) {
+        share_bin<T>(params, grid, place, bin, channel, lanes, share);
+        return share;
+    };
+    add_shares(params, grid, band, lanes, share_of, shares);
 }
 
 // The gradient of means of a whole image, of one band of its rows and `lanes` planes.
@@ -105,10 +124,20 @@ void write_narrow_means(const SpatialPyramidPoolBackwardParams& params, const Gr
     constexpr int kBlock = kSide<W>;
     const PoolAxis& across = grid.columns;
     const int bands = grid.rows.cut_count - 1;
+    // A bin gives to several bands.
+    W of_bin[kMostBins * kMostBins][kPlanes];
+    for (int place = 0; place < params.level_count; ++place) {
+        const PyramidLevel& level = params.levels[place];
+        for (int bin = 0; bin < level.rows * level.columns; ++bin) {
+            share_bin<T>(params, grid, place, bin, channel, lanes,
+                         of_bin[grid.places[place].bin + bin]);
+        }
+    }
+    const auto share_of = [&](int place, int bin) { return of_bin[grid.places[place].bin + bin]; };
     T rows[kMostCuts][kPlanes][kBlock];
     W shares[kMostCuts][kPlanes] = {};
     for (int band = 0; band < bands; ++band) {
-        share_band<T, kPlanes>(params, grid, band, channel, lanes, shares);
+        add_shares(params, grid, band, lanes, share_of, shares);
         for (int part = 0; part < kPlanes; part += kBlock) {
             Vector<W> columns[kBlock];
             int cell = 0;
