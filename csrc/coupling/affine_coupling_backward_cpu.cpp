@@ -176,8 +176,7 @@ class Backward {
         W* at = centred;
         double total = 0;
         for (std::int64_t part = begin; part < end; ++part) {
-            total += reader_.log_sums(sample, part, sample_of<T>(params_.grad_z, sample),
-                                      write_passing(sample, part), scratch, at);
+            total += reader_.log_sums(sample, part, write_passing(sample, part), scratch, at);
         }
         const W mean = reader_.mean_of(total);
         at = centred;

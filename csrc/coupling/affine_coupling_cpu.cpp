@@ -135,8 +135,7 @@ void forward(const AffineCouplingParams& params) {
             W* found = centred;
             double total = 0;
             for (std::int64_t part = begin; part < end; ++part) {
-                total += reader.log_sums(sample, part, sample_of<T>(params.x, sample),
-                                         passing(sample, part), scratch, found);
+                total += reader.log_sums(sample, part, passing(sample, part), scratch, found);
             }
             const W* logs = centred;
             for (std::int64_t part = begin; part < end; ++part) {

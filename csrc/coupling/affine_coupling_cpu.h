@@ -10,6 +10,7 @@
 
 #include "common/cpu_loops.h"
 #include "common/parallel.h"
+#include "coupling/coupling_parts_cpu.h"
 #include "coupling/line_access_cpu.h"
 #include "coupling/lines_cpu.h"
 #include "coupling/passing_cpu.h"

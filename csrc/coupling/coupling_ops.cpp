@@ -1,9 +1,11 @@
 // The seam of family coupling: checks -> Params -> launch.
+#include <algorithm>
 #include <cmath>
 
 #include "common/torch.h"
 #include "coupling/affine_coupling.h"
 #include "coupling/checks.h"
+#include "coupling/coupling_parts_cpu.h"
 
 namespace warploom::coupling {
 namespace {

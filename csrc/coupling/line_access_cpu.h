@@ -93,13 +93,6 @@ inline Ahead next_line(const T* sample, const Line& line) {
     return after_line(sample + run.x, line, line.runs[line.run_count - 1].x - run.x, line.x_step,
                       run.x_gap);
 }
-template <typename T>
-inline Ahead this_line(const T* sample, const Line& line) {
-    const bool known = sample != nullptr && line.indices == nullptr && line.run_count == 1;
-    return known ? Ahead{reinterpret_cast<const char*>(sample + line.runs[0].x),
-                         static_cast<std::int64_t>(sizeof(T))}
-                 : Ahead{};
-}
 // `place`: of the first parameters of the line, or of their gradients, which lie like them.
 template <typename T>
 inline Ahead next_params(const T* sample, const Line& line, std::int64_t place, std::int64_t step) {

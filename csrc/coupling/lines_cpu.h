@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "coupling/affine_coupling.h"
+#include "coupling/coupling_parts_cpu.h"
 
 namespace warploom::coupling {
 namespace WARPLOOM_CPU_ISA {

@@ -13,10 +13,10 @@ namespace WARPLOOM_CPU_ISA {
 // L of a line, which is added to `sums`, too.
 template <typename Scale, typename W>
 [[gnu::flatten]] void log_line(std::int64_t count, const W* raw_scale, const W* weight,
-                               const Beside<2>& besides, const Constants<W>& constants,
+                               const Beside<1>& besides, const Constants<W>& constants,
                                W* log_scale, W* sums) {
     const Constants<W> c = constants;
-    const Beside<2> beside = besides;
+    const Beside<1> beside = besides;
     for_each_in_line(
         count, [=](std::int64_t first) __attribute__((always_inline)) { do_beside(beside, first); },
         [=](std::int64_t i, std::int64_t) __attribute__((always_inline)) {
@@ -135,16 +135,14 @@ class Reader {
         return sum_of_lanes(of_place);
     }
 
-    // Their L, which goes to `logs`, line after line. The elements of `after`, which are needed
-    // next, are asked for where the caches hold them until then; `copy` is made beside.
-    double log_sums(std::int64_t sample, std::int64_t part, const T* after, Copy copy,
-                    Scratch<W>& scratch, W*& logs) const {
-        const T* soon = options.center == CouplingCenter::channel ? after : nullptr;
+    // Their L, which goes to `logs`, line after line; `copy` is made beside.
+    double log_sums(std::int64_t sample, std::int64_t part, Copy copy, Scratch<W>& scratch,
+                    W*& logs) const {
         const double total = sums(part, scratch, [&](const Line& line, W* sums_of_line) {
             W* found = logs;
             log_(line.count, raw_scale(sample, scratch), weight(scratch),
-                 {{next_raw_scale(sample, line), this_line(soon, line)}, copy.take(line.count)},
-                 constants, found, sums_of_line);
+                 {{next_raw_scale(sample, line)}, copy.take(line.count)}, constants, found,
+                 sums_of_line);
             logs += line.count;
             return found;
         });
@@ -185,7 +183,7 @@ class Reader {
     const Constants<W> constants;
 
   private:
-    void (*const log_)(std::int64_t, const W*, const W*, const Beside<2>&, const Constants<W>&, W*,
+    void (*const log_)(std::int64_t, const W*, const W*, const Beside<1>&, const Constants<W>&, W*,
                        W*);
     const CouplingView& shift_;
     const CouplingView& raw_scale_;

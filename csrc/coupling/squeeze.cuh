@@ -50,46 +50,33 @@ WARPLOOM_DEVICE std::int64_t line_start(const SqueezeParams& params, int way) {
     return way / factor * params.block_row + way % factor * params.block_column;
 }
 
-// Element `index` of line `way` is element index * kWays + way of the packed vectors.
-template <typename Traits>
-WARPLOOM_DEVICE void turn_to_lines(const SqueezeParams& params,
-                                   const typename Traits::Element* packed,
-                                   typename Traits::Element* lines) {
-    typename Traits::Vector from[Traits::kWays];
-    WARPLOOM_UNROLL
-    for (int way = 0; way < Traits::kWays; ++way) {
-        from[way] = load_packed<Traits::kVector>(packed + way * Traits::kVector);
-    }
-    WARPLOOM_UNROLL
-    for (int way = 0; way < Traits::kWays; ++way) {
-        typename Traits::Vector to;
-        WARPLOOM_UNROLL
-        for (int index = 0; index < Traits::kVector; ++index) {
-            const int element = index * Traits::kWays + way;
-            to.values[index] = from[element / Traits::kVector].values[element % Traits::kVector];
-        }
-        store_packed(lines + line_start(params, way), to);
-    }
+// Where vector `way` of a matrix begins, on the side of the lines or on the packed one.
+template <typename Traits, bool of_lines>
+WARPLOOM_DEVICE std::int64_t vector_start(const SqueezeParams& params, int way) {
+    return of_lines ? line_start(params, way) : way * Traits::kVector;
 }
 
-template <typename Traits>
-WARPLOOM_DEVICE void turn_to_packed(const SqueezeParams& params,
-                                    const typename Traits::Element* lines,
-                                    typename Traits::Element* packed) {
-    typename Traits::Vector from[Traits::kWays];
+// Element `index` of line `way` is element index * kWays + way of the packed vectors.
+template <typename Traits, bool to_lines>
+WARPLOOM_DEVICE void turn(const SqueezeParams& params, const typename Traits::Element* from,
+                          typename Traits::Element* to) {
+    constexpr int kVector = Traits::kVector;
+    constexpr int kWays = Traits::kWays;
+    typename Traits::Vector loaded[kWays];
     WARPLOOM_UNROLL
-    for (int way = 0; way < Traits::kWays; ++way) {
-        from[way] = load_packed<Traits::kVector>(lines + line_start(params, way));
+    for (int way = 0; way < kWays; ++way) {
+        loaded[way] = load_packed<kVector>(from + vector_start<Traits, !to_lines>(params, way));
     }
     WARPLOOM_UNROLL
-    for (int way = 0; way < Traits::kWays; ++way) {
-        typename Traits::Vector to;
+    for (int way = 0; way < kWays; ++way) {
+        typename Traits::Vector turned;
         WARPLOOM_UNROLL
-        for (int index = 0; index < Traits::kVector; ++index) {
-            const int element = way * Traits::kVector + index;
-            to.values[index] = from[element % Traits::kWays].values[element / Traits::kWays];
+        for (int index = 0; index < kVector; ++index) {
+            const int element = to_lines ? index * kWays + way : way * kVector + index;
+            turned.values[index] = to_lines ? loaded[element / kVector].values[element % kVector]
+                                            : loaded[element % kWays].values[element / kWays];
         }
-        store_packed(packed + way * Traits::kVector, to);
+        store_packed(to + vector_start<Traits, to_lines>(params, way), turned);
     }
 }
 
@@ -112,9 +99,9 @@ squeeze_kernel(WARPLOOM_GRID_CONSTANT SqueezeParams params) {
     T* to = static_cast<T*>(params.to) + (params.to_lines ? lines : packed);
     if constexpr (Traits::kWays > 0) {
         if (params.to_lines) {
-            turn_to_lines<Traits>(params, from, to);
+            turn<Traits, true>(params, from, to);
         } else {
-            turn_to_packed<Traits>(params, from, to);
+            turn<Traits, false>(params, from, to);
         }
     } else {
         WARPLOOM_NO_UNROLL

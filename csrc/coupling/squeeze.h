@@ -51,35 +51,31 @@ struct SqueezeShape {
 // The matrices of dense samples, whose strides are the caller's to set.
 constexpr SqueezeParams squeeze_matrices(const SqueezeShape& shape, bool channels_last) {
     const auto [batch, channels, height, width, factor, by_position] = shape;
-    SqueezeParams params{};
-    params.factor = factor;
     if (!channels_last) {
         // [batch, channel, row of blocks, row of the block]
         const std::int64_t plane = height * width;
         const std::int64_t position = by_position ? channels * plane : plane;
         const std::int64_t channel = by_position ? plane : factor * factor * plane;
         const std::int64_t row = factor * width;
-        params = {.sizes = {batch, channels, height, factor},
-                  .packed = {{0, factor * height * row, factor * row, row}},
-                  .lines = {{0, channel, width, factor * position}},
-                  .length = width,
-                  .ways = factor,
-                  .factor = factor,
-                  .block_column = position};
-        return params;
+        return {.sizes = {batch, channels, height, factor},
+                .packed = {{0, factor * height * row, factor * row, row}},
+                .lines = {{0, channel, width, factor * position}},
+                .length = width,
+                .ways = factor,
+                .factor = factor,
+                .block_column = position};
     }
     // [batch, row of blocks, block, row of the block, where that is not among the ways]
     const std::int64_t run = factor * channels;
     const std::int64_t row = width * run;
-    params = {.sizes = {batch, height, width, by_position ? factor : 1},
-              .packed = {{0, factor * row, factor * run, run}},
-              .lines = {{0, factor * row, run, row}},
-              .length = by_position ? run : channels,
-              .ways = by_position ? 1 : factor * factor,
-              .factor = factor,
-              .block_row = row,
-              .block_column = channels};
-    return params;
+    return {.sizes = {batch, height, width, by_position ? factor : 1},
+            .packed = {{0, factor * row, factor * run, run}},
+            .lines = {{0, factor * row, run, row}},
+            .length = by_position ? run : channels,
+            .ways = by_position ? 1 : factor * factor,
+            .factor = factor,
+            .block_row = row,
+            .block_column = channels};
 }
 
 WARPLOOM_DECLARE_CPU(squeeze_cpu, SqueezeParams)
