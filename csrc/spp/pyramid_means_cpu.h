@@ -50,8 +50,10 @@ inline void add_shares(const SpatialPyramidPoolBackwardParams& params, const Gri
         const PyramidLevel& level = params.levels[place];
         const LevelPlace& first = grid.places[place];
         for (int row = 0; row < level.rows; ++row) {
-            for (int column = 0; covers(grid.rows, first.row + row, band) && column < level.columns;
-                 ++column) {
+            if (!covers(grid.rows, first.row + row, band)) {
+                continue;
+            }
+            for (int column = 0; column < level.columns; ++column) {
                 const W* const share = share_of(place, row * level.columns + column);
                 for (int cell = grid.columns.first_band[first.column + column];
                      cell < grid.columns.last_band[first.column + column]; ++cell) {
